@@ -1,0 +1,45 @@
+# Two commands do everything: `make demo` opens the chat, `make test` runs the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check smoke parity e2e train setup clean
+
+demo: $(VENV)/serve.stamp  ## set up and open the page
+	$(BIN)/python app.py
+
+test: $(VENV)/develop.stamp  ## set up and run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/develop.stamp  ## ruff, mypy, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+smoke: $(VENV)/develop.stamp  ## the real small base: fetch, load, a reply through the page's API
+	$(BIN)/python -m pytest -m real tests/test_smoke.py -s
+
+parity: $(VENV)/develop.stamp  ## the full set against the tutorial's formatting, with the real tokenizer
+	$(BIN)/python -m pytest -m real tests/test_parity.py -s
+
+e2e: $(VENV)/develop.stamp  ## a real browser; needs Debian's chromium and fonts-noto-cjk
+	$(BIN)/python -m pytest -m e2e tests/e2e -s
+
+train: $(VENV)/develop.stamp  ## the pocket recipe; RECIPE=huanhuan for the 7B
+	$(BIN)/python -m training.run $(or $(RECIPE),pocket)
+
+setup: $(VENV)/develop.stamp  ## everything, for developers
+
+$(VENV)/serve.stamp: requirements.txt constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/develop.stamp: $(VENV)/serve.stamp training/requirements.txt tests/requirements.txt
+	$(PIP) -r tests/requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,169 @@
+"""The adapter folder and its gate: `Adapter.open` returns a folder that can be served, or says why not."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from chat.base import Located
+from chat.persona import SYSTEM_PROMPT
+
+ROOT = Path(__file__).parent.parent / "adapters"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+RECIPE = "recipe.json"
+METRICS = "metrics.json"
+CARD = "README.md"
+FIGURE = "loss.png"
+FILES = (CONFIG, WEIGHTS, RECIPE, METRICS, CARD, FIGURE)
+NEEDED = (CONFIG, WEIGHTS, RECIPE)
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_RANK = 64
+MAX_BYTES = 1 << 30
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked folder: a LoRA that fits its base and was trained under today's system prompt."""
+
+    name: str
+    folder: Path
+    recipe: dict[str, Any]
+    metrics: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, located: Located) -> "Adapter":
+        """Check a folder against the base it is to serve on.
+
+        Raises FileNotFoundError or ValueError: one sentence with the remedy. That it changes the logits is checked
+        by the engine, which has the base in memory.
+        """
+        _check_files(folder)
+        config = _read(folder / CONFIG)
+        _check_config(folder, config, located)
+        _check_weights(folder, int(config["r"]), located.config())
+        recipe = _read(folder / RECIPE)
+        if recipe.get("system_prompt") != SYSTEM_PROMPT:
+            raise ValueError(
+                f"{folder} was trained under the prompt {recipe.get('system_prompt')!r}, but the character is now "
+                f"{SYSTEM_PROMPT!r}. Train it again, or restore the prompt."
+            )
+        metrics = _read(folder / METRICS) if (folder / METRICS).exists() else {}
+        return cls(folder.resolve().name, folder, recipe, metrics)
+
+
+def find(located: Located, root: Path = ROOT) -> tuple[list[Adapter], list[str]]:
+    """Open every adapter folder under `root` that names this base; return them and the sentences of those refused."""
+    opened, refused = [], []
+    for folder in sorted(path.parent for path in root.glob(f"*/{CONFIG}")):
+        try:
+            if _read(folder / CONFIG).get("base_model_name_or_path") == located.base.name:
+                opened.append(Adapter.open(folder, located))
+        except (ValueError, FileNotFoundError) as error:
+            refused.append(str(error))
+    return opened, refused
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder. Train an adapter with `python -m training.run`.")
+    if pickled := [path.name for path in folder.iterdir() if path.suffix in PICKLES]:
+        raise ValueError(f"{folder} holds {pickled[0]}, which can run code. Keep safetensors only: delete it.")
+    for name in NEEDED:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no adapter: {name} is missing. Copy the whole folder, or train again.")
+    if (size := (folder / WEIGHTS).stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{folder / WEIGHTS} has {size:,} bytes, more than any LoRA here needs. Check where it is from.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). Copy the folder again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object. Copy the folder again.")
+    return value
+
+
+def _check_config(folder: Path, config: dict[str, Any], located: Located) -> None:
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
+        raise ValueError(f"{folder} is not a plain LoRA. Train one with `python -m training.run`.")
+    if (base := config.get("base_model_name_or_path")) != located.base.name:
+        raise ValueError(f"{folder} was trained on {base}, this base is {located.base.name}. Choose that base.")
+    rank = config.get("r")
+    if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"{folder} has rank {rank!r}; 1 to {MAX_RANK} can be served. Train with a smaller --rank.")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ValueError(f"{folder} has a rank per layer; one rank for all can be served. Train with one --rank.")
+    modules = config.get("target_modules")
+    if not isinstance(modules, list) or not modules or set(modules) - set(LAYERS):
+        raise ValueError(f"{folder} adapts {modules}; only {', '.join(LAYERS)} can be served. Train with those.")
+
+
+def _check_weights(folder: Path, rank: int, config: dict[str, Any]) -> None:
+    path = folder / WEIGHTS
+    try:
+        tensors = safetensors.deserialize(path.read_bytes())
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy the folder again.") from error
+    if not tensors:
+        raise ValueError(f"{path} holds no tensor. Train it again.")
+    expected = _expected_shapes(rank, config)
+    for name, tensor in tensors:
+        if name not in expected:
+            raise ValueError(f"{path} holds {name}, a layer that this base does not have. Choose the base it was made for.")
+        if tuple(tensor["shape"]) != expected[name]:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(tensor['shape'])}, this base needs {expected[name]}. "
+                "Choose the base it was made for."
+            )
+        if not _finite(tensor):
+            raise ValueError(f"{path}: {name} holds a value that is not finite. Train it again with a lower --learning-rate.")
+    names = {name for name, _ in tensors}
+    if lone := [name for name in names if name.replace("lora_A", "lora_?").replace("lora_B", "lora_A").replace("lora_?", "lora_B") not in names]:
+        raise ValueError(f"{path}: {lone[0]} has no partner. Copy the folder again.")
+
+
+def _finite(tensor: dict[str, Any]) -> bool:
+    """Whether no value has all exponent bits set; numpy knows no bfloat16, so the bits are read."""
+    if tensor["dtype"] not in EXPONENT:
+        return False
+    kind, mask = EXPONENT[tensor["dtype"]]
+    bits = np.frombuffer(tensor["data"], dtype=kind)
+    return not bool(((bits & mask) == mask).any())
+
+
+def _expected_shapes(rank: int, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Shapes of every LoRA tensor a Qwen2 base can take: A is (rank, in), B is (out, rank)."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    kv = hidden // heads * config.get("num_key_value_heads", heads)
+    sizes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, kv),
+        "self_attn.v_proj": (hidden, kv),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    shapes = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (into, out) in sizes.items():
+            stem = f"base_model.model.model.layers.{layer}.{module}"
+            shapes[f"{stem}.lora_A.weight"] = (rank, into)
+            shapes[f"{stem}.lora_B.weight"] = (out, rank)
+    return shapes
+
+
+def trainable(rank: int, config: dict[str, Any]) -> int:
+    """Parameters of a LoRA of this rank over the seven layers."""
+    return sum(math.prod(shape) for shape in _expected_shapes(rank, config).values())

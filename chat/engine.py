@@ -1,0 +1,120 @@
+"""What can answer: the ChatEngine protocol, its sampling and its pieces. Standard library only."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from chat.persona import Message
+
+BASE_ONLY = "base"  # the adapter name that means: none, the base as it is
+MAX_NEW_TOKENS = 512
+MAX_CHARACTERS = 800  # of one question
+MAX_TURNS = 200  # of a history, before trimming by tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; the defaults are those of Qwen2.5's generation_config. Temperature 0 is greedy.
+
+    Raises ValueError for a value out of range: the page's API takes what strangers send.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.8
+    top_k: int = 20
+    repetition_penalty: float = 1.05
+    max_new_tokens: int = 256
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": (0, 2),
+            "top_p": (0.05, 1),
+            "top_k": (1, 200),
+            "repetition_penalty": (1, 2),
+            "max_new_tokens": (1, MAX_NEW_TOKENS),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; choose a number from {low} to {high}.")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Why a reply ended and what it took."""
+
+    stopped: Literal["end", "length", "cancelled"]
+    tokens: int
+    first_token: float  # seconds
+    seconds: float
+    forgotten: int = 0  # messages dropped from the history so that the rest fits
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed after the first token."""
+        return (self.tokens - 1) / max(self.seconds - self.first_token, 1e-9) if self.tokens > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of a reply; the last piece carries the cost."""
+
+    text: str
+    cost: Cost | None = None
+
+
+class ChatEngine(Protocol):
+    """Anything that can answer. `stream` yields pieces; the caller joins them. Closing the stream stops the model."""
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """Names that `stream` takes, the default first; BASE_ONLY is always among them."""
+
+    @property
+    def base(self) -> str:
+        """The base that answers, and who served it: a line for people."""
+
+    def stream(
+        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event
+    ) -> Iterator[Piece]:
+        """Answer the last turn. Raises ValueError for an unknown adapter or a question too long."""
+
+
+class ScriptedEngine:
+    """An engine that says given replies, a character a piece: the page's tests need no model."""
+
+    base = "scripted"
+    adapters = ("scripted", BASE_ONLY)
+
+    def __init__(self, *replies: str | Exception, pause: float = 0) -> None:
+        self.replies = list(replies)
+        self.pause = pause  # seconds before each piece
+        self.heard: list[tuple[list[Message], str, Sampling]] = []
+        self.running = self.peak = 0
+
+    def stream(
+        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event
+    ) -> Iterator[Piece]:
+        """Say the next reply, or raise it when it is an exception."""
+        self.heard.append((list(turns), adapter, sampling))
+        reply = self.replies[(len(self.heard) - 1) % len(self.replies)]
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        try:
+            yield from self._say(reply, cancel)
+        finally:
+            self.running -= 1
+
+    def _say(self, reply: str | Exception, cancel: threading.Event) -> Iterator[Piece]:
+        if isinstance(reply, Exception):
+            raise reply
+        for said, character in enumerate(reply, start=1):
+            time.sleep(self.pause)
+            if cancel.is_set():
+                yield Piece("", Cost("cancelled", said - 1, 0, 0))
+                return
+            yield Piece(character)
+        yield Piece("", Cost("end", len(reply), 0, 0))

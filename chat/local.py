@@ -1,0 +1,280 @@
+"""LocalEngine: transformers and PEFT in this process, one inference thread, each token streamed."""
+
+import logging
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock
+from tokenizers.decoders import DecodeStream
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from chat import base as bases
+from chat.adapter import WEIGHTS, Adapter, find
+from chat.base import Located, dense_folder
+from chat.engine import BASE_ONLY, Cost, Piece, Sampling
+from chat.persona import OPENERS, Message
+from chat.prompt import prompt_ids, trim
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+PROMPT_TOKENS = 2048  # longest prompt; a CPU reads it in some seconds, and the training rows are far shorter
+REPLY_SECONDS = 120.0  # a reply ends here even when nobody listens
+MEMORY_7B = 20_000_000_000  # bytes of GPU memory: 15.2 GB of weights, the cache, some air
+END, PAD = "<|im_end|>", "<|endoftext|>"
+
+
+def best_base() -> str:
+    """The 7B where a GPU (ZeroGPU included) has room for it, else the small base."""
+    if os.environ.get("SPACES_ZERO_GPU"):
+        return "7b"
+    room = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= MEMORY_7B
+    return "7b" if room else "small"
+
+
+def dense(located: Located) -> Located:
+    """A folder transformers opens at once: a GGUF file is converted, once, under a lock.
+
+    Reading the GGUF costs a minute at every start; its dense bf16 form opens in a second. The file holds the tied
+    embedding twice: `output.weight` is the finer of the two (8 bits), so it is kept for both.
+    """
+    if located.path.is_dir():
+        return located
+    folder = dense_folder(located.base)
+    assert folder is not None, "only a packed base is a file"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / bases.SOURCE).exists():
+            _convert(located, folder)
+    if located.path.is_relative_to(bases.cache() / "index"):
+        located.path.unlink(missing_ok=True)  # our own copy has served its purpose
+    return replace(located, path=folder)
+
+
+def _convert(located: Located, folder: Path) -> None:
+    log.info("Converting %s once; about a minute.", located.path.name)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    place, file = str(located.path.parent), located.path.name
+    tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(
+        place, gguf_file=file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.config.tie_word_embeddings = True
+    model.model.embed_tokens.weight = model.lm_head.weight
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in (END, PAD)]
+    model.generation_config = GenerationConfig(**bases.SAMPLING, do_sample=True, eos_token_id=ends, pad_token_id=ends[1])
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    (part / bases.SOURCE).write_text(located.source, encoding="utf-8")
+    os.replace(part, folder)
+
+
+def load_tokenizer(located: Located) -> "PreTrainedTokenizerFast":
+    """The base's own tokenizer, whose template is the only template."""
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(located.path)
+    return tokenizer
+
+
+def load_base(located: Located) -> "PreTrainedModel":
+    """The base on the best device: bf16 on a GPU, fp32 on a CPU, where bf16 is hardly faster and less exact."""
+    # cuDNN's attention gave NaN gradients and is chosen by default for packed rows on an H100.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype).to("cuda" if on_gpu else "cpu")
+    model.config._name_or_path = model.name_or_path = located.base.name  # PEFT writes it into adapter_config.json
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load(choice: str | None = None) -> "LocalEngine":
+    """The engine of this machine, with every adapter that fits its base. Raises Unavailable or ValueError."""
+    located = dense(bases.locate(choice or best_base()))
+    adapters, refused = find(located)
+    for sentence in refused:
+        log.warning(sentence)
+    return LocalEngine(located, adapters)
+
+
+class LocalEngine:
+    """A base and its adapters in memory. All model work happens on one thread: the choice of adapter is global there."""
+
+    def __init__(self, located: Located, adapters: Sequence[Adapter] = ()) -> None:
+        located = dense(located)
+        self.base = f"{located.base.name} ({located.source})"
+        self.tokenizer = load_tokenizer(located)
+        self.model: PreTrainedModel | PeftModel = load_base(located)
+        self.refused: list[str] = []
+        self._served: list[str] = []
+        for adapter in adapters:
+            self._admit(adapter)
+        self._start_thread()
+        os.register_at_fork(after_in_child=self._start_thread)  # ZeroGPU answers from a forked worker
+
+    def _start_thread(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that passed the gate, then the base alone."""
+        return [*self._served, BASE_ONLY]
+
+    def _admit(self, adapter: Adapter) -> None:
+        """Load an adapter, and refuse it when it leaves the logits as they are or makes them infinite."""
+        from peft import PeftModel
+
+        fp32 = self.model.dtype == torch.float32
+        if isinstance(self.model, PeftModel):
+            self.model.load_adapter(adapter.folder, adapter.name, autocast_adapter_dtype=fp32)
+        else:
+            self.model = PeftModel.from_pretrained(
+                self.model, adapter.folder, adapter.name, autocast_adapter_dtype=fp32
+            )
+        self.model.eval()
+        if reason := self._unfit(adapter.name):
+            self.model.delete_adapter(adapter.name)
+            self.refused.append(f"{adapter.folder / WEIGHTS} {reason}. Train it again.")
+            log.warning(self.refused[-1])
+        else:
+            self._served.append(adapter.name)
+
+    @torch.inference_mode()
+    def _unfit(self, name: str) -> str:
+        ids = prompt_ids(self.tokenizer, [{"role": "user", "content": OPENERS[0]}])
+        batch = torch.tensor([ids], device=self.model.device)
+        with self._worn(BASE_ONLY):
+            plain = self.model(batch, logits_to_keep=1).logits
+        with self._worn(name):
+            adapted = self.model(batch, logits_to_keep=1).logits
+        if not adapted.isfinite().all():
+            return "makes logits that are not finite"
+        return "changes no logits" if torch.equal(plain, adapted) else ""
+
+    def _worn(self, name: str) -> Any:
+        """A context in which the model wears the adapter of that name, or none."""
+        from contextlib import nullcontext
+
+        from peft import PeftModel
+
+        if not isinstance(self.model, PeftModel):
+            return nullcontext()
+        if name == BASE_ONLY:
+            return self.model.disable_adapter()
+        self.model.set_adapter(name)
+        return nullcontext()
+
+    def stream(
+        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event
+    ) -> Iterator[Piece]:
+        """Answer the last turn, a piece for each token. Closing the iterator, or setting `cancel`, stops within a token.
+
+        Raises ValueError for an unknown adapter or a question too long; a failure of the model reaches the caller.
+        """
+        if adapter not in self.adapters:
+            raise ValueError(f"There is no adapter {adapter!r}; choose one of {', '.join(self.adapters)}.")
+        kept, ids = trim(self.tokenizer, turns, PROMPT_TOKENS)
+        pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        work = self._thread.submit(self._reply, ids, adapter, sampling, cancel, pieces)
+        work.add_done_callback(lambda _: pieces.put(None))
+        try:
+            while piece := pieces.get():
+                yield piece
+            cost = work.result()
+            yield Piece("", replace(cost, forgotten=len(turns) - len(kept)))
+        finally:
+            cancel.set()
+
+    @torch.inference_mode()
+    def _reply(
+        self,
+        ids: list[int],
+        adapter: str,
+        sampling: Sampling,
+        cancel: threading.Event,
+        pieces: "queue.SimpleQueue[Piece | None]",
+    ) -> Cost:
+        """Generate on the inference thread; text goes into `pieces` token by token."""
+        started = time.perf_counter()
+        if cancel.is_set():  # gave up while waiting for the thread
+            return Cost("cancelled", 0, 0, 0)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        voice = _Voice(self.tokenizer, pieces)
+        with self._worn(adapter):
+            out = self.model.generate(
+                input_ids=torch.tensor([ids], device=self.model.device),
+                attention_mask=torch.ones((1, len(ids)), device=self.model.device, dtype=torch.long),
+                generation_config=generation_config(self.tokenizer, sampling),
+                stopping_criteria=[_Cancelled(cancel)],
+                streamer=voice,
+            )
+        ended = out[0, -1].item() in ends(self.tokenizer)
+        stopped = "end" if ended else "cancelled" if cancel.is_set() else "length"
+        now = time.perf_counter()
+        return Cost(stopped, out.shape[1] - len(ids), (voice.first or now) - started, now - started)
+
+
+def ends(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Both terminators: the template's `<|im_end|>` and the tutorial's `<|endoftext|>`."""
+    return [tokenizer.convert_tokens_to_ids(token) for token in (END, PAD)]
+
+
+def generation_config(tokenizer: "PreTrainedTokenizerFast", sampling: Sampling) -> GenerationConfig:
+    """Our sampling, written out in full: what a base folder says is not relied on."""
+    common = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "max_time": REPLY_SECONDS,
+        "repetition_penalty": sampling.repetition_penalty,
+        "eos_token_id": ends(tokenizer),
+        "pad_token_id": ends(tokenizer)[1],
+    }
+    if sampling.temperature == 0:
+        return GenerationConfig(**common, do_sample=False)
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    return GenerationConfig(**common, **drawn, do_sample=True)
+
+
+class _Cancelled(StoppingCriteria):
+    def __init__(self, cancel: threading.Event) -> None:
+        self.cancel = cancel
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.cancel.is_set(), device=input_ids.device)
+
+
+class _Voice(BaseStreamer):
+    """Turns each new token into text at once; a character of several tokens waits for its last."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", pieces: "queue.SimpleQueue[Piece | None]") -> None:
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.pieces = pieces
+        self.prompt_seen = False
+        self.first: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt_seen:  # generate hands over the prompt first
+            self.prompt_seen = True
+            return
+        self.first = self.first or time.perf_counter()
+        for token in value.flatten().tolist():
+            if text := self.decoder.step(self.tokenizer, token):
+                self.pieces.put(Piece(text))
+
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,99 @@
+"""The tiny base and the tiny adapter, made once for all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+ROOT = Path(__file__).parent.parent
+TAUGHT = ROOT / "tests" / "data" / "tiny.jsonl"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Two threads on two shared cores are slower than one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(request, tmp_path, monkeypatch):
+    """No test reads or fills the user's cache, but for those that need the real base."""
+    if not request.node.get_closest_marker("real"):
+        monkeypatch.setenv("CHAT_CACHE", str(tmp_path / "cache"))
+    for name in ("MODEL_FOLDER", "MODEL_SOURCE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """The folder of the tiny Qwen2."""
+    from tests import tiny
+
+    return tiny.make(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def located(tiny_base):
+    from chat.base import locate
+
+    return locate(str(tiny_base))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(located):
+    from chat.local import load_tokenizer
+
+    return load_tokenizer(located)
+
+
+@pytest.fixture
+def tiny_run(tiny_base, tmp_path):
+    """A function that makes a Run of the tiny recipe in a fresh folder, with some fields changed."""
+    from dataclasses import replace
+
+    from training.recipe import TINY
+    from training.run import Run
+
+    def make(resume=False, push=None, name="tiny", **fields):
+        recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), **fields)
+        return Run(recipe=recipe, output=tmp_path / name, work=tmp_path / f"{name}-work", resume=resume, push=push)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_base, tmp_path_factory):
+    """The tiny adapter, trained by training.run as a user would train it."""
+    from dataclasses import replace
+
+    from training.recipe import TINY
+    from training.run import Run, run
+
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), held_out=0, probe_replies=0)
+    os.environ["CHAT_CACHE"] = str(folder / "cache")
+    return run(Run(recipe=recipe, output=folder / "adapters" / "tiny", work=folder / "work"))
+
+
+@pytest.fixture
+def file_server():
+    from tests.servers import FileServer
+
+    server = FileServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub_server():
+    from tests.servers import HubServer
+
+    server = HubServer()
+    yield server
+    server.close()

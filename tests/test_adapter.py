@@ -1,0 +1,103 @@
+"""The gate: a trained adapter opens; every other folder is refused with one sentence and its remedy."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chat.adapter import CONFIG, RECIPE, WEIGHTS, Adapter, find, trainable
+from chat.local import LocalEngine
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of the trained adapter, to be spoiled."""
+    return shutil.copytree(trained.folder, tmp_path / "adapters" / "spoiled")
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def reweigh(folder, change):
+    weights = load_file(folder / WEIGHTS)
+    save_file(change(weights), folder / WEIGHTS)
+
+
+def one(weights, part="q_proj.lora_A"):
+    return next(name for name in weights if part in name)
+
+
+SPOILED = {
+    "is not a plain LoRA": lambda f: edit(f / CONFIG, peft_type="IA3"),
+    "was trained on other/base, this base is tiny": lambda f: edit(f / CONFIG, base_model_name_or_path="other/base"),
+    "has rank 4096": lambda f: edit(f / CONFIG, r=4096),
+    "has a rank per layer": lambda f: edit(f / CONFIG, rank_pattern={"q_proj": 4}),
+    "adapts": lambda f: edit(f / CONFIG, target_modules=["lm_head"]),
+    "is not JSON": lambda f: (f / CONFIG).write_text("{"),
+    "was trained under the prompt '你是狗'": lambda f: edit(f / RECIPE, system_prompt="你是狗"),
+    "can run code": lambda f: (f / "adapter_model.bin").write_bytes(b"pickle"),
+    "recipe.json is missing": lambda f: (f / RECIPE).unlink(),
+    "is not a whole safetensors file": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-10]),
+    "a layer that this base does not have": lambda f: reweigh(
+        f, lambda w: {n.replace("layers.1.", "layers.9."): t for n, t in w.items()}
+    ),
+    "has shape": lambda f: reweigh(f, lambda w: w | {one(w): w[one(w)][:, :-1].contiguous()}),
+    "is not finite": lambda f: reweigh(f, lambda w: w | {one(w): torch.full_like(w[one(w)], float("nan"))}),
+    "has no partner": lambda f: reweigh(f, lambda w: {n: t for n, t in w.items() if n != one(w)}),
+}
+
+
+def test_a_trained_adapter_opens(trained, located):
+    assert Adapter.open(trained.folder, located) == trained
+
+
+@pytest.mark.parametrize("said", SPOILED)
+def test_a_spoiled_adapter_is_refused(folder, located, said):
+    SPOILED[said](folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as failure:
+        Adapter.open(folder, located)
+    assert "\n" not in str(failure.value) and str(failure.value).rstrip().endswith(".")
+
+
+def test_no_folder_is_refused(tmp_path, located):
+    with pytest.raises(FileNotFoundError, match=r"training\.run"):
+        Adapter.open(tmp_path / "nowhere", located)
+
+
+def test_an_adapter_that_changes_no_logits_is_refused(folder, located):
+    reweigh(folder, lambda w: {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in w.items()})
+    engine = LocalEngine(located, [Adapter.open(folder, located)])
+    assert engine.adapters == ["base"] and "changes no logits. Train it again." in engine.refused[0]
+
+
+def test_infinite_logits_are_refused(folder, located):
+    reweigh(folder, lambda w: {n: torch.full_like(t, 3e38) for n, t in w.items()})
+    engine = LocalEngine(located, [Adapter.open(folder, located)])
+    assert engine.adapters == ["base"] and "not finite" in engine.refused[0]
+
+
+def test_find_opens_the_good_and_names_the_bad(trained, folder, located):
+    shutil.copytree(trained.folder, folder.parent / "good")
+    edit(folder / RECIPE, system_prompt="你是狗")
+    opened, refused = find(located, folder.parent)
+    assert [adapter.name for adapter in opened] == ["good"] and len(refused) == 1
+
+
+def test_the_reference_recipe_has_20_185_088_parameters():
+    from accelerate import init_empty_weights
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from training.recipe import HUANHUAN
+    from training.trainer import attach, trained_parameters
+
+    config = Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    with init_empty_weights():
+        model = attach(Qwen2ForCausalLM(config), HUANHUAN)
+    assert trained_parameters(model) == 20_185_088 == trainable(8, config.to_dict())
+    assert sum(p.numel() for p in model.parameters()) == 7_635_801_600

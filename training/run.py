@@ -1,0 +1,227 @@
+"""Train an adapter, measure it, and open it: `python -m training.run [huanhuan|pocket|tiny] [--field value]`."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from chat.adapter import METRICS, RECIPE, ROOT, Adapter
+from training.recipe import HUANHUAN, RECIPES, Recipe
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A recipe, and what to do around it."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    output: Path | None = None
+    """The adapter folder to write; adapters/NAME by default."""
+    work: Path | None = None
+    """Where checkpoints and the TensorBoard log go; runs/NAME by default."""
+    resume: bool = False
+    """Go on from the last checkpoint, exact to the bit."""
+    push: str | None = None
+    """USER/NAME on the Hub; the permission to write is checked before training."""
+
+
+def main() -> None:
+    """Parse the command line, run, and say in a sentence what went wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    arguments = sys.argv[1:]
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = [HUANHUAN.name, *arguments]
+    try:
+        choices = {name: (recipe.base, Run(recipe=recipe)) for name, recipe in RECIPES.items()}
+        chosen = tyro.extras.overridable_config_cli(choices, args=arguments, prog="python -m training.run")
+        adapter = run(chosen)
+        log.info("%s is ready: python app.py --base %s", adapter.folder, chosen.recipe.base)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(str(error))
+
+
+def run(job: Run, api: Any = None) -> Adapter:
+    """The whole story: examples, tokens, base, proof, training, measures, card, the gate, and the push.
+
+    Raises ValueError, FileExistsError, Unavailable, Interrupted or PermissionError, each a sentence with the remedy.
+    """
+    recipe = job.recipe
+    output, work = job.output or ROOT / recipe.name, job.work or Path("runs") / recipe.name
+    _prepare(job, output, work)
+    if job.push:
+        from huggingface_hub import HfApi
+
+        from training import hub
+
+        api = api or HfApi()
+        hub.require_permission(job.push, api)
+
+    from chat import local
+    from training import data, evaluate, proof, trainer
+
+    examples, held_out = data.split(data.load(recipe.dataset), recipe.held_out, recipe.seed)
+    log.info("%d examples to learn, %d held out", len(examples), len(held_out))
+    located = local.dense(_locate(recipe.base))
+    tokenizer = local.load_tokenizer(located)
+    rows, held_out_rows = (_encode(tokenizer, part, recipe) for part in (examples, held_out))
+    log.info("%s\n%s", proof.show_row(tokenizer, rows[0]), proof.check_parity(tokenizer, examples, rows))
+    log.info(proof.histogram(rows))
+
+    model = trainer.attach(local.load_base(located), recipe)
+    log.info("%s trainable parameters on %s, served by %s",
+             f"{trainer.trained_parameters(model):,}", located.base.name, located.source)  # fmt: skip
+    log.info(proof.check_isolation(model, rows[:4]))
+    expected = proof.forecast(model, rows, recipe)
+    log.info("Forecast: %s", expected)
+
+    def at_epoch_end() -> dict[str, float]:
+        loss = evaluate.heldout_loss(model, held_out_rows)
+        return {"heldout_loss": loss.per_token, "heldout_terminator": loss.per_terminator}
+
+    began = time.perf_counter()
+    measure = at_epoch_end if held_out else None
+    history = trainer.train(model, rows, recipe, work, resume=job.resume, at_epoch_end=measure)
+    seconds = time.perf_counter() - began
+    log.info("Actual:   %d steps, %.1f min, %.1f GB", expected.steps, seconds / 60, proof.memory_in_use() / 1e9)
+
+    trainer.round_to_bf16(model)
+    metrics = evaluate.measure(model, tokenizer, held_out_rows, _asked(held_out, recipe))
+    metrics |= _record(history, expected, seconds, proof.memory_in_use(), len(rows), located.source)
+    adapter = _write(model, recipe, metrics, output, located)
+    _report(metrics)
+    if job.push:
+        log.info("Pushed: %s", hub.push(adapter, job.push, api))
+    return adapter
+
+
+def _prepare(job: Run, output: Path, work: Path) -> None:
+    """Refuse early what would be lost or mixed up later, and note the recipe beside its checkpoints."""
+    noted = work / RECIPE
+    if job.resume:
+        if not noted.exists():
+            raise ValueError(f"{work} holds no run to resume. Start without --resume.")
+        then = json.loads(noted.read_text(encoding="utf-8"))
+        changed = [name for name, value in _as_json(job.recipe).items() if then.get(name) != value]
+        if changed:
+            raise ValueError(f"{work} was started with another {', '.join(changed)}. Give the same values to resume.")
+        return
+    if any(work.glob("checkpoint-*")):
+        raise FileExistsError(f"{work} holds checkpoints of an earlier run. Add --resume, or delete it, or name another --work.")
+    if output.exists() and not (output / METRICS).exists():
+        raise FileExistsError(f"{output} exists and is no adapter of ours. Name another --output.")
+    work.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(_as_json(job.recipe), ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _as_json(recipe: Recipe) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return plain
+
+
+def _locate(base: str) -> Any:
+    from chat.base import locate
+
+    return locate(base)
+
+
+def _encode(tokenizer: Any, examples: list[Any], recipe: Recipe) -> list[Any]:
+    from training.tokens import encode
+
+    return [encode(tokenizer, example, recipe.max_length, recipe.terminator) for example in examples]
+
+
+def _asked(held_out: list[Any], recipe: Recipe) -> list[Any]:
+    """Conversations to reply to: those held out, again from the first where there are too few."""
+    turns = [example.turns for example in held_out]
+    return [turns[i % len(turns)] for i in range(recipe.probe_replies)] if turns else []
+
+
+def _record(history: list[Any], expected: Any, seconds: float, memory: int, rows: int, source: str) -> dict[str, Any]:
+    """What the run itself adds to metrics.json."""
+    from importlib.metadata import version
+
+    import accelerate
+
+    epochs = [entry for entry in history if "heldout_loss" in entry]
+    return {
+        "steps": expected.steps,
+        "loss_curve": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+        "heldout_by_epoch": [
+            {"epoch": round(e["epoch"]), "step": e["step"], "loss": e["heldout_loss"], "terminator": e["heldout_terminator"]}
+            for e in epochs
+        ],
+        "run": {
+            "date": date.today().isoformat(),
+            "device": _device(),
+            "base served by": source,
+            "rows learned": rows,
+            "tokens": round(expected.tokens),
+            "forecast seconds": round(expected.seconds, 1),
+            "actual seconds": round(seconds, 1),
+            "forecast GB": round(expected.memory / 1e9, 2),
+            "actual GB": round(memory / 1e9, 2),
+            **{name: version(name) for name in ("torch", "transformers", "peft")},
+            "accelerate": accelerate.__version__,
+        },
+    }
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def _write(model: Any, recipe: Recipe, metrics: dict[str, Any], output: Path, located: Any) -> Adapter:
+    """Write the folder beside its final name, open it, and only then give it that name."""
+    from training import card, trainer
+
+    part = output.with_name(output.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    trainer.save(model, part)
+    for name, value in ((RECIPE, _as_json(recipe)), (METRICS, metrics)):
+        (part / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    card.write(part)
+    Adapter.open(part, located)
+    shutil.rmtree(output, ignore_errors=True)
+    os.replace(part, output)
+    (output.parent / "README.md").write_text(card.ledger(output.parent), encoding="utf-8")
+    return Adapter.open(output, located)
+
+
+def _report(metrics: dict[str, Any]) -> None:
+    for name, metric in metrics.items():
+        if isinstance(metric, dict) and "count" in metric:
+            log.info("%-26s %8.4f   (%d)", name, metric["value"], metric["count"])
+
+
+def reopen(folder: Path, base: str | None) -> tuple[Any, Any, list[Any], list[Any]]:
+    """A trained adapter on its base, the tokenizer, its held-out rows and conversations, as its run had them."""
+    from peft import PeftModel
+
+    from chat import local
+    from training import data
+
+    recorded = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    recipe = Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in recorded.items()})
+    located = local.dense(_locate(base or recipe.base))
+    adapter = Adapter.open(folder, located)
+    tokenizer = local.load_tokenizer(located)
+    _, held_out = data.split(data.load(recipe.dataset), recipe.held_out, recipe.seed)
+    model = PeftModel.from_pretrained(local.load_base(located), adapter.folder)
+    return model, tokenizer, _encode(tokenizer, held_out, recipe), _asked(held_out, recipe)
+
+
+if __name__ == "__main__":
+    main()

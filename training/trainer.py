@@ -1,0 +1,208 @@
+"""PEFT and transformers.Trainer on flattened batches: no padding, rows isolated by their positions."""
+
+import logging
+import math
+import signal
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from training.recipe import Recipe
+from training.tokens import Encoded
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(RuntimeError):
+    """The user pressed Ctrl-C; a checkpoint was written first."""
+
+
+def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """The base with a fresh LoRA on it, in fp32 on a bf16 base; only the LoRA learns."""
+    set_seed(recipe.seed)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.layers),
+    )
+    adapted = get_peft_model(model, lora)
+    assert isinstance(adapted, PeftModel)
+    if recipe.gradient_checkpointing:
+        adapted.gradient_checkpointing_enable()  # here, so that the forecast rehearses what the run will do
+    return adapted
+
+
+def trained_parameters(model: torch.nn.Module) -> int:
+    """How many parameters learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def flatten(rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Rows as one row, (1, tokens): input_ids, labels, position_ids. No attention mask: with one, rows would leak."""
+    flat: dict[str, torch.Tensor] = DataCollatorWithFlattening()(as_features(rows))
+    return flat
+
+
+def as_features(rows: Sequence[Encoded]) -> list[dict[str, list[int]]]:
+    """Rows in the shape that Trainer's collators take."""
+    return [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+
+
+def train(
+    model: PeftModel,
+    rows: Sequence[Encoded],
+    recipe: Recipe,
+    work: Path,
+    *,
+    resume: bool = False,
+    at_epoch_end: Callable[[], dict[str, float]] | None = None,
+) -> list[dict[str, float]]:
+    """Train the LoRA in place; checkpoints and the TensorBoard log go to `work`. Returns Trainer's log.
+
+    `at_epoch_end` measures; what it returns is logged. Raises Interrupted after Ctrl-C, ValueError when a gradient
+    is not finite or there is nothing to resume.
+    """
+    trainer = FiniteTrainer(
+        model=model,
+        args=arguments(recipe, work),
+        train_dataset=as_features(rows),  # type: ignore[arg-type]  # a list is a dataset to torch
+        data_collator=DataCollatorWithFlattening(),
+    )
+    stop = StopOnInterrupt()
+    trainer.add_callback(EpochEnd(trainer, at_epoch_end))
+    trainer.add_callback(stop)
+    # PEFT looks for the base's config on the Hub at each checkpoint, to learn that no embedding was resized.
+    warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", module="peft")
+    trainer.train(resume_from_checkpoint=str(last_checkpoint(work)) if resume else None)
+    if stop.asked:
+        raise Interrupted(f"Stopped; step {trainer.state.global_step} is saved. Go on with --resume.")
+    return trainer.state.log_history
+
+
+def arguments(recipe: Recipe, work: Path) -> TrainingArguments:
+    """A recipe as Trainer's arguments."""
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(work),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,  # below 1 it is a part of the steps
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        bf16=on_gpu,  # autocast: without it the fp32 LoRA would multiply in fp32
+        use_cpu=not on_gpu,
+        seed=recipe.seed,
+        logging_steps=recipe.logging_steps,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        report_to=["tensorboard"],
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="all",
+        dataloader_pin_memory=on_gpu,
+    )
+
+
+def last_checkpoint(work: Path) -> Path:
+    """The newest whole checkpoint: trainer_state.json is what Trainer writes last."""
+    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    if not whole:
+        raise ValueError(f"{work} holds no checkpoint to resume from. Start without --resume.")
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]))
+
+
+class FiniteTrainer(Trainer):
+    """Trainer that stops on the first gradient that is not finite; clipping would spread it to every layer."""
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's, then one look at all gradients. Raises ValueError naming step and layer."""
+        loss = super().training_step(model, *args, **kwargs)
+        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
+        if not norms.isfinite().all():
+            broken = [name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm)]
+            raise ValueError(
+                f"Step {self.state.global_step + 1}: the gradient of {broken[-1]} is not finite "
+                f"({len(broken)} of {len(named)} are not). Lower --learning-rate, or --resume from the last checkpoint."
+            )
+        return loss
+
+
+class EpochEnd(TrainerCallback):
+    """Measures at the end of each epoch, and logs it where checkpoints keep it."""
+
+    def __init__(self, trainer: Trainer, measure: Callable[[], dict[str, float]] | None) -> None:
+        self.trainer, self.measure = trainer, measure
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log what the measure returns."""
+        if self.measure and not control.should_training_stop:
+            self.trainer.log(self.measure())
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C once: finish the step, save, stop. Twice: stop at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take over Ctrl-C."""
+        self.usual = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        log.info("Stopping after this step; press Ctrl-C again to stop at once.")
+        self.asked = True
+        signal.signal(signal.SIGINT, self.usual)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop when asked to."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give Ctrl-C back."""
+        signal.signal(signal.SIGINT, self.usual)
+
+
+def round_to_bf16(model: PeftModel) -> None:
+    """Give the LoRA the values it will have on disk, so that what is measured is what is shipped."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.to(torch.bfloat16).to(parameter.dtype))
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json and the weights in bf16."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    from chat.adapter import WEIGHTS
+
+    folder.mkdir(parents=True)
+    weights = {name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config = model.peft_config["default"]
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
