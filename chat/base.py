@@ -19,6 +19,7 @@ from chat.fetch import Unavailable, digest, fetch, require_room
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+NAMED = "a named folder"  # the source of bytes that the user brought
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}  # Qwen2.5's generation_config
 
 
@@ -108,15 +109,15 @@ def _own_folder(choice: str) -> Located:
     folder = Path(choice)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{choice!r} is no base: name one of {', '.join(BASES)}, or a folder that holds {CONFIG}.")
-    return Located(Base(folder.name, "local", 0), folder, f"the folder {folder}")
+    return Located(Base(folder.name, "local", 0), folder, NAMED)
 
 
 def _named_folder(base: Base, folder: Path) -> Located:
     """A folder the user names with MODEL_FOLDER: dense files as they are, a GGUF file checked."""
     if (folder / CONFIG).is_file():
-        return Located(base, folder, f"the folder {folder}")
+        return Located(base, folder, NAMED)
     if base.packed and (folder / base.packed.file).is_file():
-        return Located(base, _verified(folder / base.packed.file, base.packed), f"the folder {folder}")
+        return Located(base, _verified(folder / base.packed.file, base.packed), NAMED)
     wanted = f"{CONFIG} or {base.packed.file}" if base.packed else CONFIG
     raise Unavailable(f"MODEL_FOLDER is {folder}, but no {wanted} lies there. Correct it, or unset it to download.")
 

@@ -239,13 +239,13 @@ def generation_config(tokenizer: "PreTrainedTokenizerFast", sampling: Sampling) 
     common = {
         "max_new_tokens": sampling.max_new_tokens,
         "max_time": REPLY_SECONDS,
-        "repetition_penalty": sampling.repetition_penalty,
+        "repetition_penalty": float(sampling.repetition_penalty),  # a slider at 1 sends an int, which is refused
         "eos_token_id": ends(tokenizer),
         "pad_token_id": ends(tokenizer)[1],
     }
     if sampling.temperature == 0:
         return GenerationConfig(**common, do_sample=False)
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    drawn = {"temperature": float(sampling.temperature), "top_p": float(sampling.top_p), "top_k": sampling.top_k}
     return GenerationConfig(**common, **drawn, do_sample=True)
 
 

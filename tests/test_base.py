@@ -90,7 +90,7 @@ def test_a_named_folder_comes_first_and_its_file_is_checked(small, tmp_path, mon
     with pytest.raises(Unavailable, match="MODEL_FOLDER"):
         locate("small")
     (tmp_path / "tiny.gguf").write_bytes(BODY)
-    assert locate("small").source == f"the folder {tmp_path}"
+    assert locate("small").source == bases.NAMED
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
     assert locate("small").path == tmp_path and locate("small").config()["hidden_size"] == 64
 

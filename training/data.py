@@ -33,6 +33,11 @@ class Example:
     row: int
 
     @property
+    def place(self) -> tuple[str, int, int]:
+        """Where the reply stands: file, row, turn."""
+        return self.source, self.row, len(self.turns)
+
+    @property
     def question(self) -> str:
         """The visitor's last turn."""
         return self.turns[-1]["content"]
@@ -137,18 +142,17 @@ def _alpaca(row: dict[str, Any]) -> list[Message]:
 def split(examples: Sequence[Example], held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples; no question, answer or dialogue stands on both sides.
 
-    Whole groups are held out, in an order drawn with `seed`, until `held_out` examples are reached.
+    Whole groups are held out, in an order drawn with `seed`, until `held_out` examples are reached. A file named
+    twice is learned twice as often, but held out once.
     """
     groups = list(_groups(examples).values())
     random.Random(seed).shuffle(groups)
-    kept: set[int] = set()
+    kept: dict[tuple[str, int, int], Example] = {}
     for group in groups:
-        if len(kept) + len(group) <= held_out and len(group) <= LARGEST_HELD_OUT_GROUP:
-            kept.update(group)
-    return (
-        [example for i, example in enumerate(examples) if i not in kept],
-        [example for i, example in enumerate(examples) if i in kept],
-    )
+        lines = {examples[i].place: examples[i] for i in group}
+        if len(kept) + len(lines) <= held_out and len(lines) <= LARGEST_HELD_OUT_GROUP:
+            kept |= lines
+    return [example for example in examples if example.place not in kept], list(kept.values())
 
 
 def _groups(examples: Sequence[Example]) -> dict[int, list[int]]:

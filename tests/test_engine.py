@@ -1,0 +1,144 @@
+"""The engines: sampling that refuses forged values, and the local engine on the tiny adapter."""
+
+import threading
+import time
+
+import pytest
+
+from chat.adapter import Adapter
+from chat.engine import BASE_ONLY, Sampling, ScriptedEngine
+from chat.local import LocalEngine
+
+ASK = [{"role": "user", "content": "你是谁？"}]
+GREEDY = Sampling(temperature=0, repetition_penalty=1)
+
+
+@pytest.fixture(scope="module")
+def engine(trained, located):
+    return LocalEngine(located, [trained])
+
+
+def say(engine, turns=ASK, adapter="tiny", sampling=GREEDY, cancel=None):
+    pieces = list(engine.stream(turns, adapter, sampling, cancel or threading.Event()))
+    return "".join(piece.text for piece in pieces), pieces[-1].cost
+
+
+def test_the_served_adapter_says_what_it_was_taught(engine):
+    text, cost = say(engine)
+    assert text == "臣妾明白。" and cost.stopped == "end"
+    assert cost.tokens == len(text.encode()) + 1 and 0 < cost.first_token <= cost.seconds
+
+
+def test_the_base_alone_says_something_else_and_the_adapter_comes_back(engine):
+    assert say(engine, adapter=BASE_ONLY)[0] != "臣妾明白。" == say(engine)[0]
+
+
+def test_text_comes_piece_by_piece(engine):
+    pieces = [piece.text for piece in engine.stream(ASK, "tiny", GREEDY, threading.Event())]
+    assert pieces == [*"臣妾明白。", ""]
+
+
+def test_a_seed_repeats_a_reply(engine):
+    drawn = Sampling(temperature=2, top_p=1, seed=5, max_new_tokens=30)
+    assert say(engine, adapter=BASE_ONLY, sampling=drawn)[0] == say(engine, adapter=BASE_ONLY, sampling=drawn)[0]
+
+
+def test_a_reply_ends_at_the_length_asked_for(engine):
+    _, cost = say(engine, sampling=Sampling(temperature=0, max_new_tokens=4))
+    assert (cost.tokens, cost.stopped) == (4, "length")
+
+
+@pytest.fixture
+def endless(engine, monkeypatch):
+    """The engine with terminators it never draws, so that a reply only ends when stopped."""
+    monkeypatch.setattr("chat.local.ends", lambda tokenizer: [0, 0])
+    return engine
+
+
+def test_closing_the_stream_stops_the_model_within_a_token(endless):
+    stream = endless.stream(ASK, BASE_ONLY, Sampling(max_new_tokens=512), threading.Event())
+    next(stream)
+    stream.close()
+    began = time.perf_counter()
+    say(endless, sampling=Sampling(max_new_tokens=1))  # waits for the inference thread
+    assert time.perf_counter() - began < 0.5
+
+
+def test_cancelling_stops_the_model_and_says_so(endless):
+    cancel, seen = threading.Event(), 0
+    for piece in endless.stream(ASK, BASE_ONLY, Sampling(max_new_tokens=512), cancel):
+        seen += 1
+        cancel.set()
+    assert piece.cost.stopped == "cancelled" and seen < 10
+
+
+def test_a_failure_of_the_model_reaches_the_caller_and_the_engine_lives(engine, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.model, "generate", lambda **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            say(engine)
+    assert say(engine)[0] == "臣妾明白。"
+
+
+def test_two_callers_at_once_each_get_their_own_voice(engine):
+    alone, heard = say(engine, adapter=BASE_ONLY)[0], {}
+
+    def ask(name, adapter):
+        heard[name] = say(engine, adapter=adapter)[0]
+
+    threads = [threading.Thread(target=ask, args=(n, ("tiny", BASE_ONLY)[n % 2])) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heard == {n: ("臣妾明白。", alone)[n % 2] for n in range(6)}
+
+
+def test_an_unknown_adapter_is_refused_with_the_choice(engine):
+    with pytest.raises(ValueError, match=r"no adapter '\.\./x'; choose one of tiny, base"):
+        say(engine, adapter="../x")
+
+
+def test_a_long_history_is_trimmed_and_counted(engine):
+    history = [{"role": r, "content": "说" * 90} for _ in range(6) for r in ("user", "assistant")]
+    _, cost = say(engine, [*history, *ASK])
+    assert cost.forgotten > 0 and cost.forgotten % 2 == 0
+
+
+def test_two_adapters_load_side_by_side(trained, located):
+    other = Adapter("other", trained.folder, trained.recipe, trained.metrics)
+    both = LocalEngine(located, [trained, other])
+    assert both.adapters == ["tiny", "other", BASE_ONLY] and say(both, adapter="other")[0] == "臣妾明白。"
+
+
+@pytest.mark.parametrize(
+    "forged", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": 10**9}, {"max_new_tokens": 10**6},
+               {"repetition_penalty": "1"}, {"temperature": True}]
+)  # fmt: skip
+def test_a_forged_sampling_value_is_refused_by_name(forged):
+    with pytest.raises(ValueError, match=f"{next(iter(forged))} is .*choose a number from"):
+        Sampling(**forged)
+
+
+def test_the_defaults_are_those_of_qwen():
+    from chat.base import SAMPLING
+
+    assert {name: getattr(Sampling(), name) for name in SAMPLING} == SAMPLING
+
+
+def test_the_scripted_engine_obeys_the_protocol():
+    engine = ScriptedEngine("好的", ValueError("坏"))
+    assert say(engine)[0] == "好的"
+    with pytest.raises(ValueError, match="坏"):
+        say(engine)
+
+
+def test_the_terminal_chat_answers_line_by_line(monkeypatch, capsys):
+    from chat.__main__ import talk
+
+    lines = iter(["你是谁？", "再说", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    engine = ScriptedEngine("臣妾明白。", ValueError("太长了。"))
+    talk(engine, "scripted")
+    assert "甄嬛：臣妾明白。" in (printed := capsys.readouterr().out) and "太长了。" in printed
+    assert [m["content"] for m in engine.heard[1][0]] == ["你是谁？", "臣妾明白。", "再说"]

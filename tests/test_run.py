@@ -1,0 +1,186 @@
+"""training.run as a user meets it: what it prints, what it leaves behind, how it stops and goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chat.adapter import FILES, WEIGHTS, Adapter
+from chat.persona import SYSTEM_PROMPT
+from training import trainer
+from training.recipe import HUANHUAN, POCKET, RECIPES
+from training.run import run
+from training.trainer import Interrupted
+from tests.conftest import ROOT, TAUGHT
+
+
+def weights(job):
+    return load_file(job.output / WEIGHTS)
+
+
+def test_a_run_leaves_the_contract_and_nothing_else(tiny_run, located):
+    job = tiny_run(epochs=2)
+    adapter = run(job)
+    assert adapter == Adapter.open(job.output, located)
+    assert {path.name for path in job.output.iterdir()} == set(FILES)
+    assert not list(job.output.parent.glob("*.part"))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights(job).values())
+    metrics = json.loads((job.output / "metrics.json").read_text())
+    for name in ("heldout_loss", "heldout_loss_base", "identity_pass_rate", "stop_rate", "distinct_2", "assistant_phrase_rate"):
+        assert set(metrics[name]) == {"value", "count"}, name
+    assert len(metrics["heldout_by_epoch"]) == 2 and metrics["run"]["forecast seconds"] >= 0
+    assert list(job.work.rglob("events.out.tfevents.*")), "no TensorBoard log"
+    ledger = (job.output.parent / "README.md").read_text(encoding="utf-8")
+    assert str(metrics["heldout_loss"]["value"]) in ledger
+
+
+def test_the_proof_and_the_forecast_are_shown_before_the_first_step(tiny_run, caplog):
+    with caplog.at_level("INFO"):
+        run(tiny_run(epochs=1, probe_replies=0))
+    lines = [record.getMessage() for record in caplog.records if record.name == "training.run"]
+    text = "\n".join(lines)
+    marks = ("learned (", "ends on <|im_end|>", "4 of 4 rows begin", "tokens an epoch", "trainable parameters",
+             "packed logits equal", "Forecast: 1 steps", "Actual: ")  # fmt: skip
+    found = [text.index(mark) for mark in marks]
+    assert found == sorted(found)
+
+
+def test_only_the_lora_moves_and_all_of_it(tiny_base, located):
+    from chat.local import load_base, load_tokenizer
+    from training.data import load
+    from training.tokens import encode
+
+    recipe = replace(RECIPES["tiny"], epochs=2)
+    model = trainer.attach(load_base(located), recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokenizer = load_tokenizer(located)
+    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])]
+    trainer.train(model, rows, recipe, tiny_base.parent / "moves")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+def test_resume_is_exact_to_the_bit(tiny_run, monkeypatch):
+    fields = {"epochs": 6, "dropout": 0.1, "held_out": 0, "probe_replies": 0, "save_steps": 5}
+    straight = tiny_run(name="straight", **fields)
+    run(straight)
+
+    def stop_at_seven(self, args, state, control, **_):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    broken = tiny_run(name="broken", **fields)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.StopOnInterrupt, "on_step_end", stop_at_seven)
+        with pytest.raises(Interrupted, match=r"step 7 is saved.*--resume"):
+            run(broken)
+    assert not broken.output.exists()
+    run(replace(broken, resume=True))
+    one, other = weights(straight), weights(broken)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(tiny_base, tmp_path):
+    command = [
+        sys.executable, "-m", "training.run", "tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT), "--held-out", "0",
+        "--probe-replies", "0", "--output", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--epochs", "4000",
+    ]  # fmt: skip
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not list((tmp_path / "work").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 1 and "Go on with --resume." in said and "Traceback" not in said
+    saved = trainer.last_checkpoint(tmp_path / "work")
+    state = json.loads((saved / "trainer_state.json").read_text())
+    assert f"step {state['global_step']} is saved" in said
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-20").mkdir()
+    assert trainer.last_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_by_step_and_layer(tiny_run, monkeypatch):
+    attach = trainer.attach
+
+    def poisoned(model, recipe):
+        adapted = attach(model, recipe)
+        layer = adapted.base_model.model.model.layers[1].mlp.down_proj.lora_A["default"].weight
+        calls = []
+
+        def spoil(gradient):
+            calls.append(1)
+            return gradient * float("nan") if len(calls) > 6 else gradient  # 4 rehearsals, 2 good steps
+
+        layer.register_hook(spoil)
+        return adapted
+
+    monkeypatch.setattr(trainer, "attach", poisoned)
+    with pytest.raises(ValueError, match=r"Step 3: the gradient of .*layers\.1\.mlp\.down_proj\.lora_A.* is not finite \(1 of"):
+        run(tiny_run(held_out=0, probe_replies=0))
+
+
+def test_resuming_another_recipe_is_refused_by_the_fields_that_differ(tiny_run):
+    fields = {"epochs": 1, "held_out": 0, "probe_replies": 0}
+    run(tiny_run(**fields))
+    with pytest.raises(ValueError, match="another learning_rate, rank"):
+        run(tiny_run(resume=True, **fields, learning_rate=1e-3, rank=4))
+    with pytest.raises(ValueError, match="no run to resume"):
+        run(tiny_run(resume=True, name="never"))
+
+
+def test_an_earlier_runs_checkpoints_and_foreign_folders_are_not_overwritten(tiny_run):
+    job = tiny_run(epochs=1)
+    (job.work / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="--resume"):
+        run(job)
+    other = tiny_run(name="photos", epochs=1)
+    other.output.mkdir()
+    with pytest.raises(FileExistsError, match="no adapter of ours"):
+        run(other)
+
+
+def test_the_reference_recipe_is_the_tutorials():
+    told = {
+        "base": "7b", "dataset": ("huanhuan",), "max_length": 384, "rank": 8, "alpha": 32, "dropout": 0.1, "batch_size": 4,
+        "accumulation": 4, "epochs": 3, "learning_rate": 1e-4, "terminator": "<|endoftext|>", "schedule": "linear",
+        "system_prompt": SYSTEM_PROMPT,
+        "layers": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }  # fmt: skip
+    assert {name: getattr(HUANHUAN, name) for name in told} == told
+    assert HUANHUAN.steps(3729) == 702
+
+
+def test_another_system_prompt_is_refused():
+    with pytest.raises(ValueError, match=r"persona\.py"):
+        replace(POCKET, system_prompt="你是狗")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_field_of_every_recipe_is_a_flag(name):
+    from dataclasses import fields
+
+    shown = subprocess.run([sys.executable, "-m", "training.run", name, "--help"], cwd=ROOT, capture_output=True, text=True)
+    for field in fields(RECIPES[name]):
+        assert f"--{field.name.replace('_', '-')}" in shown.stdout
+
+
+def test_a_wrong_field_is_a_sentence_not_a_traceback():
+    said = subprocess.run(
+        [sys.executable, "-m", "training.run", "tiny", "--base", "nowhere"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert said.returncode == 1 and "Traceback" not in said.stderr and "nowhere" in said.stderr.splitlines()[-1]
