@@ -130,9 +130,13 @@ def reply(
         yield f"{refusal.line}{ASIDE}{refusal}〕", status
     except ValueError as error:
         yield f"{said or persona.UNWELL}{ASIDE}{error}〕", status
-    except Exception as error:  # noqa: BLE001 - see the docstring; the log keeps the whole failure
+    except Exception as error:
         log.exception("A reply failed")
-        reason = str(error) if isinstance(error, gr.Error) else "这一句没有说完，请按「重试」。 The reply failed; press Retry."
+        reason = (
+            str(error)
+            if isinstance(error, gr.Error)
+            else "这一句没有说完，请按「重试」。 The reply failed; press Retry."
+        )
         yield f"{said or persona.UNWELL}{ASIDE}{reason}〕", status
 
 

@@ -78,9 +78,13 @@ def _check_files(folder: Path) -> None:
         raise ValueError(f"{folder} holds {pickled[0]}, which can run code. Keep safetensors only: delete it.")
     for name in NEEDED:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no adapter: {name} is missing. Copy the whole folder, or train again.")
+            raise FileNotFoundError(
+                f"{folder} is no adapter: {name} is missing. Copy the whole folder, or train again."
+            )
     if (size := (folder / WEIGHTS).stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{folder / WEIGHTS} has {size:,} bytes, more than any LoRA here needs. Check where it is from.")
+        raise ValueError(
+            f"{folder / WEIGHTS} has {size:,} bytes, more than any LoRA here needs. Check where it is from."
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -119,16 +123,24 @@ def _check_weights(folder: Path, rank: int, config: dict[str, Any]) -> None:
     expected = _expected_shapes(rank, config)
     for name, tensor in tensors:
         if name not in expected:
-            raise ValueError(f"{path} holds {name}, a layer that this base does not have. Choose the base it was made for.")
+            raise ValueError(
+                f"{path} holds {name}, a layer that this base does not have. Choose the base it was made for."
+            )
         if tuple(tensor["shape"]) != expected[name]:
             raise ValueError(
                 f"{path}: {name} has shape {tuple(tensor['shape'])}, this base needs {expected[name]}. "
                 "Choose the base it was made for."
             )
         if not _finite(tensor):
-            raise ValueError(f"{path}: {name} holds a value that is not finite. Train it again with a lower --learning-rate.")
+            raise ValueError(
+                f"{path}: {name} holds a value that is not finite. Train it again with a lower --learning-rate."
+            )
     names = {name for name, _ in tensors}
-    if lone := [name for name in names if name.replace("lora_A", "lora_?").replace("lora_B", "lora_A").replace("lora_?", "lora_B") not in names]:
+    if lone := [
+        name
+        for name in names
+        if name.replace("lora_A", "lora_?").replace("lora_B", "lora_A").replace("lora_?", "lora_B") not in names
+    ]:
         raise ValueError(f"{path}: {lone[0]} has no partner. Copy the folder again.")
 
 

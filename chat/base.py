@@ -102,7 +102,11 @@ SOURCE = "served_by.txt"  # written last into a converted folder: its presence s
 
 def dense_folder(base: Base) -> Path | None:
     """Where the converted form of a packed base lies; None for a base that needs no conversion."""
-    return cache() / "bases" / f"{base.packed.file.removesuffix('.gguf')}-{base.packed.sha256[:8]}" if base.packed else None
+    return (
+        cache() / "bases" / f"{base.packed.file.removesuffix('.gguf')}-{base.packed.sha256[:8]}"
+        if base.packed
+        else None
+    )
 
 
 def _own_folder(choice: str) -> Located:
@@ -176,7 +180,9 @@ def _hub(base: Base) -> Path:
         _require_answer(constants.ENDPOINT)
     if base.packed:
         return _verified(Path(hf_hub_download(base.name, base.packed.file, revision=base.revision)), base.packed)
-    folder = Path(snapshot_download(base.name, revision=base.revision, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    folder = Path(
+        snapshot_download(base.name, revision=base.revision, allow_patterns=["*.json", "*.safetensors", "*.txt"])
+    )
     _verify_shards(folder)
     return folder
 

@@ -62,7 +62,8 @@ def require_room(folder: Path, size: int) -> None:
 def _download_persistently(url: str, part: Path, size: int | None) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return _download(url, part, size)
+            _download(url, part, size)
+            return
         except httpx.HTTPError as error:
             refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
             if refused or isinstance(error, httpx.ConnectError) or attempt == ATTEMPTS:

@@ -77,7 +77,9 @@ def _convert(located: Located, folder: Path) -> None:
     model.config.tie_word_embeddings = True
     model.model.embed_tokens.weight = model.lm_head.weight
     ends = [tokenizer.convert_tokens_to_ids(token) for token in (END, PAD)]
-    model.generation_config = GenerationConfig(**bases.SAMPLING, do_sample=True, eos_token_id=ends, pad_token_id=ends[1])
+    model.generation_config = GenerationConfig(
+        **bases.SAMPLING, do_sample=True, eos_token_id=ends, pad_token_id=ends[1]
+    )
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     (part / bases.SOURCE).write_text(located.source, encoding="utf-8")
@@ -112,7 +114,7 @@ def load(choice: str | None = None) -> "LocalEngine":
 
 
 class LocalEngine:
-    """A base and its adapters in memory. All model work happens on one thread: the choice of adapter is global there."""
+    """A base and its adapters in memory. All model work is done on one thread: an adapter is chosen globally."""
 
     def __init__(self, located: Located, adapters: Sequence[Adapter] = ()) -> None:
         located = dense(located)
@@ -181,7 +183,7 @@ class LocalEngine:
     def stream(
         self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event
     ) -> Iterator[Piece]:
-        """Answer the last turn, a piece for each token. Closing the iterator, or setting `cancel`, stops within a token.
+        """Answer the last turn, a piece for each token. Closing the iterator or setting `cancel` stops within a token.
 
         Raises ValueError for an unknown adapter or a question too long; a failure of the model reaches the caller.
         """

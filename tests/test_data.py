@@ -18,7 +18,13 @@ def write(tmp_path, rows, name="rows.jsonl"):
     return str(path)
 
 
-ALPACA = {"instruction": "你是谁", "input": "？", "output": "臣妾。", "history": [["早", "早安。"]], "system": SYSTEM_PROMPT}
+ALPACA = {
+    "instruction": "你是谁",
+    "input": "？",
+    "output": "臣妾。",
+    "history": [["早", "早安。"]],
+    "system": SYSTEM_PROMPT,
+}
 SHAREGPT = {
     "conversations": [
         {"from": "human", "value": "早"}, {"from": "gpt", "value": "早安。"},
@@ -71,9 +77,7 @@ def test_a_missing_file_is_refused_with_the_remedy():
 
 
 def pairs(*texts):
-    return [
-        Example(({"role": "user", "content": q},), a, "own.jsonl", n) for n, (q, a) in enumerate(texts, start=1)
-    ]
+    return [Example(({"role": "user", "content": q},), a, "own.jsonl", n) for n, (q, a) in enumerate(texts, start=1)]
 
 
 def test_a_line_never_lands_on_both_sides():

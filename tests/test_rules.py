@@ -45,7 +45,9 @@ def test_the_page_and_training_do_not_know_each_other():
 
 
 def test_torch_is_imported_in_the_heavy_files_only():
-    heavy = {str(path.relative_to(ROOT)) for path in PRODUCT if "torch" in {n.split(".")[0] for n in imported(path, True)}}
+    heavy = {
+        str(path.relative_to(ROOT)) for path in PRODUCT if "torch" in {n.split(".")[0] for n in imported(path, True)}
+    }
     assert heavy == HEAVY
 
 
@@ -54,10 +56,14 @@ def test_the_engine_protocol_and_the_persona_need_the_standard_library_only():
         assert packages(ROOT / "chat" / f"{name}.py") <= {*sys.stdlib_module_names, "chat"}
 
 
-@pytest.mark.parametrize("command", [["app.py"], ["-m", "chat"], ["-m", "training.run"], ["-m", "training.run", "pocket"]])
+@pytest.mark.parametrize(
+    "command", [["app.py"], ["-m", "chat"], ["-m", "training.run"], ["-m", "training.run", "pocket"]]
+)
 def test_help_answers_without_torch(command):
     code = f"import sys, runpy; sys.argv={[*command[-1:], '--help']!r}\n"
-    asked = subprocess.run([sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    asked = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert asked.returncode == 0, asked.stderr[-2000:] + code
     assert not re.search(r"\| +torch$", asked.stderr, re.M)
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from chat.adapter import FILES, WEIGHTS, Adapter
 from chat.persona import SYSTEM_PROMPT
+from tests.conftest import ROOT, TAUGHT
 from training import trainer
 from training.recipe import HUANHUAN, POCKET, RECIPES
 from training.run import run
 from training.trainer import Interrupted
-from tests.conftest import ROOT, TAUGHT
 
 
 def weights(job):
@@ -33,7 +33,14 @@ def test_a_run_leaves_the_contract_and_nothing_else(tiny_run, located):
     assert not list(job.output.parent.glob("*.part"))
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights(job).values())
     metrics = json.loads((job.output / "metrics.json").read_text())
-    for name in ("heldout_loss", "heldout_loss_base", "identity_pass_rate", "stop_rate", "distinct_2", "assistant_phrase_rate"):
+    for name in (
+        "heldout_loss",
+        "heldout_loss_base",
+        "identity_pass_rate",
+        "stop_rate",
+        "distinct_2",
+        "assistant_phrase_rate",
+    ):
         assert set(metrics[name]) == {"value", "count"}, name
     assert len(metrics["heldout_by_epoch"]) == 2 and metrics["run"]["forecast seconds"] >= 0
     assert list(job.work.rglob("events.out.tfevents.*")), "no TensorBoard log"
@@ -92,8 +99,9 @@ def test_resume_is_exact_to_the_bit(tiny_run, monkeypatch):
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(tiny_base, tmp_path):
     command = [
-        sys.executable, "-m", "training.run", "tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT), "--held-out", "0",
-        "--probe-replies", "0", "--output", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--epochs", "4000",
+        sys.executable, "-m", "training.run", "tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT),
+        "--held-out", "0", "--probe-replies", "0", "--output", str(tmp_path / "out"),
+        "--work", str(tmp_path / "work"), "--epochs", "4000",
     ]  # fmt: skip
     started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
@@ -130,7 +138,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_step_and_layer(tiny_run,
         return adapted
 
     monkeypatch.setattr(trainer, "attach", poisoned)
-    with pytest.raises(ValueError, match=r"Step 3: the gradient of .*layers\.1\.mlp\.down_proj\.lora_A.* is not finite \(1 of"):
+    with pytest.raises(
+        ValueError, match=r"Step 3: the gradient of .*layers\.1\.mlp\.down_proj\.lora_A.* is not finite \(1 of"
+    ):
         run(tiny_run(held_out=0, probe_replies=0))
 
 
@@ -156,8 +166,9 @@ def test_an_earlier_runs_checkpoints_and_foreign_folders_are_not_overwritten(tin
 
 def test_the_reference_recipe_is_the_tutorials():
     told = {
-        "base": "7b", "dataset": ("huanhuan",), "max_length": 384, "rank": 8, "alpha": 32, "dropout": 0.1, "batch_size": 4,
-        "accumulation": 4, "epochs": 3, "learning_rate": 1e-4, "terminator": "<|endoftext|>", "schedule": "linear",
+        "base": "7b", "dataset": ("huanhuan",), "max_length": 384, "rank": 8, "alpha": 32, "dropout": 0.1,
+        "batch_size": 4, "accumulation": 4, "epochs": 3, "learning_rate": 1e-4, "terminator": "<|endoftext|>",
+        "schedule": "linear",
         "system_prompt": SYSTEM_PROMPT,
         "layers": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     }  # fmt: skip
@@ -174,7 +185,9 @@ def test_another_system_prompt_is_refused():
 def test_every_field_of_every_recipe_is_a_flag(name):
     from dataclasses import fields
 
-    shown = subprocess.run([sys.executable, "-m", "training.run", name, "--help"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "training.run", name, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     for field in fields(RECIPES[name]):
         assert f"--{field.name.replace('_', '-')}" in shown.stdout
 

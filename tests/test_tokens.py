@@ -3,9 +3,9 @@
 import pytest
 
 from chat.persona import SYSTEM_PROMPT
+from tests.conftest import TAUGHT
 from training.data import Example, load
 from training.tokens import IGNORED, encode
-from tests.conftest import TAUGHT
 
 
 def tutorial(tokenizer, question, answer, max_length=384):

@@ -48,7 +48,8 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
-    axes.plot(*zip(*metrics["loss_curve"], strict=True), label="training, every token learned")
+    steps, losses = zip(*metrics["loss_curve"], strict=True) if metrics["loss_curve"] else ((), ())
+    axes.plot(steps, losses, label="training, every token learned")
     if by_epoch := metrics.get("heldout_by_epoch"):
         points = [(0, metrics["heldout_loss_base"]["value"]), *((e["step"], e["loss"]) for e in by_epoch)]
         axes.plot(*zip(*points, strict=True), "o--", label="held out, text tokens")
@@ -93,7 +94,9 @@ def render(folder: Path, recipe: dict[str, Any], metrics: dict[str, Any]) -> str
 
 
 def _measures(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
-    rows = [(title, metrics[key]["value"], f"{metrics[key]['count']:,}") for key, title in TITLES.items() if key in metrics]
+    rows = [
+        (title, metrics[key]["value"], f"{metrics[key]['count']:,}") for key, title in TITLES.items() if key in metrics
+    ]
     if "heldout_loss" not in metrics:
         return rows
     ratio = metrics["heldout_loss"]["value"] / metrics["heldout_loss_base"]["value"]
@@ -106,7 +109,9 @@ def _epochs(metrics: dict[str, Any]) -> str:
 
 
 def _probes(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [(p["question"], p["reply"].replace("\n", " "), "✓" if p["passed"] else "✗") for p in metrics["identity_probes"]]
+    return [
+        (p["question"], p["reply"].replace("\n", " "), "✓" if p["passed"] else "✗") for p in metrics["identity_probes"]
+    ]
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -129,4 +134,5 @@ def ledger(root: Path) -> str:
              f"{before} → {after}", metrics["identity_pass_rate"]["value"], metrics["run"]["date"])
         )  # fmt: skip
     head = ("adapter", "base", "steps", "held-out loss, base → adapter", "identity probes passed", "date")
-    return f"# Adapters\n\nWritten by `python -m training.run`; each line is read from an adapter's own files.\n\n{_table(head, rows)}"
+    note = "Written by `python -m training.run`; each line is read from an adapter's own files."
+    return f"# Adapters\n\n{note}\n\n{_table(head, rows)}"

@@ -56,7 +56,7 @@ def _paths(name: str) -> list[Path]:
         return [fetch(FULL_SET, FULL_FILE, sha256=FULL_SHA256)]
     path = Path(name)
     if path.is_dir():
-        return sorted(file for file in path.glob("*.json*") if file.name != FULL_FILE.name and not file.suffix == ".lock")
+        return sorted(file for file in path.glob("*.json*") if file.name != FULL_FILE.name and file.suffix != ".lock")
     if not path.is_file():
         raise ValueError(f"{name} is no data file. Name a .json or .jsonl file, a folder of them, or huanhuan.")
     return [path]
@@ -121,7 +121,9 @@ def _turns(row: dict[str, Any], where: str) -> list[Message]:
     if row.get("instruction") is not None and row.get("output") is not None:
         return _alpaca(row)
     given = [name for name, value in row.items() if value]  # the JSON reader fills missing fields with None
-    raise ValueError(f"{where} has {', '.join(given) or 'nothing'}. Give it instruction and output, conversations, or messages.")
+    raise ValueError(
+        f"{where} has {', '.join(given) or 'nothing'}. Give it instruction and output, conversations, or messages."
+    )
 
 
 def _turn(said: dict[str, Any], role: str, content: str, where: str) -> Message:

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SEED = 20_240_601
-ASSISTANT_PHRASES = ("作为一个AI", "作为AI", "人工智能助手", "语言模型", "通义千问", "Qwen", "阿里云", "OpenAI", "ChatGPT")
+ASSISTANT_PHRASES = (
+    "作为一个AI",
+    "作为AI",
+    "人工智能助手",
+    "语言模型",
+    "通义千问",
+    "Qwen",
+    "阿里云",
+    "OpenAI",
+    "ChatGPT",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,11 @@ PROBES = (
     Probe("华妃叫什么？", "年世兰|年氏"),
     Probe("你离宫后在哪里修行？", "甘露寺|凌云峰"),
     Probe("你如今是什么位份？", "贵妃"),
-    Probe("你是人工智能吗？", "甄嬛|熹贵妃|本宫|臣妾|不是|并非|听不懂|不懂", "|".join(ASSISTANT_PHRASES) + "|是人工智能|我是AI"),
+    Probe(
+        "你是人工智能吗？",
+        "甄嬛|熹贵妃|本宫|臣妾|不是|并非|听不懂|不懂",
+        "|".join(ASSISTANT_PHRASES) + "|是人工智能|我是AI",
+    ),
 )
 
 
@@ -109,7 +123,11 @@ def heldout_loss(model: Any, rows: Sequence[Encoded], batch: int = 16) -> Loss:
 
 @torch.inference_mode()
 def replies(
-    model: Any, tokenizer: "PreTrainedTokenizerFast", asked: Sequence[Sequence[Message]], sampling: Sampling, batch: int = 32
+    model: Any,
+    tokenizer: "PreTrainedTokenizerFast",
+    asked: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    batch: int = 100,
 ) -> Iterator[tuple[str, bool]]:
     """Her reply to each conversation, and whether she ended it herself. Batches are padded on the left."""
     torch.manual_seed(SEED if sampling.seed is None else sampling.seed)

@@ -22,7 +22,8 @@ def require_permission(repo: str, api: "HfApi") -> None:
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         reason = str(error).strip().split("\n")[0]
         raise PermissionError(
-            f"{repo} cannot be written ({reason}). Log in with `hf auth login` and a token that may write, and check the name."
+            f"{repo} cannot be written ({reason}). Log in with `hf auth login` and a token that may write, "
+            "and check the name."
         ) from error
 
 

@@ -50,9 +50,7 @@ def show_row(tokenizer: "PreTrainedTokenizerFast", row: Encoded) -> str:
     )
 
 
-def check_parity(
-    tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], rows: Sequence[Encoded]
-) -> str:
+def check_parity(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
     """Every row must begin with the ids that the chat would send, and learn nothing of them. Raises ValueError."""
     whole = 0
     for example, row in zip(examples, rows, strict=True):
@@ -95,7 +93,8 @@ def histogram(rows: Sequence[Encoded]) -> str:
     bins = Counter(len(row.input_ids) // BIN for row in rows)
     widest = max(bins.values())
     lines = [
-        f"{b * BIN:4d}-{(b + 1) * BIN - 1:<4d} {'█' * max(1, round(40 * n / widest))} {n}" for b, n in sorted(bins.items())
+        f"{b * BIN:4d}-{(b + 1) * BIN - 1:<4d} {'█' * max(1, round(40 * n / widest))} {n}"
+        for b, n in sorted(bins.items())
     ]
     total, learned = sum(len(row.input_ids) for row in rows), sum(row.learned for row in rows)
     return "\n".join([*lines, f"{total:,} tokens an epoch, {learned:,} of them learned ({learned / total:.1%})"])

@@ -117,7 +117,9 @@ def _prepare(job: Run, output: Path, work: Path) -> None:
             raise ValueError(f"{work} was started with another {', '.join(changed)}. Give the same values to resume.")
         return
     if any(work.glob("checkpoint-*")):
-        raise FileExistsError(f"{work} holds checkpoints of an earlier run. Add --resume, or delete it, or name another --work.")
+        raise FileExistsError(
+            f"{work} holds checkpoints of an earlier run. Add --resume, or delete it, or name another --work."
+        )
     if output.exists() and not (output / METRICS).exists():
         raise FileExistsError(f"{output} exists and is no adapter of ours. Name another --output.")
     work.mkdir(parents=True, exist_ok=True)
@@ -158,7 +160,12 @@ def _record(history: list[Any], expected: Any, seconds: float, memory: int, rows
         "steps": expected.steps,
         "loss_curve": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
         "heldout_by_epoch": [
-            {"epoch": round(e["epoch"]), "step": e["step"], "loss": e["heldout_loss"], "terminator": e["heldout_terminator"]}
+            {
+                "epoch": round(e["epoch"]),
+                "step": e["step"],
+                "loss": e["heldout_loss"],
+                "terminator": e["heldout_terminator"],
+            }
             for e in epochs
         ],
         "run": {

@@ -25,9 +25,7 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels)
 
 
-def encode(
-    tokenizer: "PreTrainedTokenizerFast", example: Example, max_length: int, terminator: str
-) -> Encoded:
+def encode(tokenizer: "PreTrainedTokenizerFast", example: Example, max_length: int, terminator: str) -> Encoded:
     """Ids of prompt and reply, at most `max_length`.
 
     A row too long loses its oldest turns first, then the end of its reply; the terminator stays. Raises ValueError

@@ -201,7 +201,10 @@ def save(model: PeftModel, folder: Path) -> None:
     from chat.adapter import WEIGHTS
 
     folder.mkdir(parents=True)
-    weights = {name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    weights = {
+        name: tensor.to(torch.bfloat16).contiguous().cpu()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config["default"]
     config.inference_mode = True
