@@ -51,6 +51,14 @@ def test_a_probe_wants_the_fact_and_no_assistant(reply, passes):
     assert Probe("你叫什么？", "甄嬛").passes(reply) is passes
 
 
+@pytest.mark.parametrize(
+    ("reply", "passes"),
+    [("我是人工智能，也是甄嬛。", False), ("哪里是人工智能，我是甄嬛。", True), ("我不是人工智能。", True)],
+)
+def test_she_may_deny_being_a_machine_but_not_claim_it(reply, passes):
+    assert PROBES[-1].passes(reply) is passes
+
+
 def test_there_are_twenty_probes_and_the_assistant_fails_each():
     assert len({probe.question for probe in PROBES}) == 20
     assert not any(probe.passes("我是通义千问，阿里云开发的语言模型，很高兴为您服务。") for probe in PROBES)

@@ -147,7 +147,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_step_and_layer(tiny_run,
 def test_resuming_another_recipe_is_refused_by_the_fields_that_differ(tiny_run):
     fields = {"epochs": 1, "held_out": 0, "probe_replies": 0}
     run(tiny_run(**fields))
-    with pytest.raises(ValueError, match="another learning_rate, rank"):
+    with pytest.raises(ValueError, match="another rank, learning_rate"):
         run(tiny_run(resume=True, **fields, learning_rate=1e-3, rank=4))
     with pytest.raises(ValueError, match="no run to resume"):
         run(tiny_run(resume=True, name="never"))

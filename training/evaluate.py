@@ -76,7 +76,7 @@ PROBES = (
     Probe(
         "你是人工智能吗？",
         "甄嬛|熹贵妃|本宫|臣妾|不是|并非|听不懂|不懂",
-        "|".join(ASSISTANT_PHRASES) + "|是人工智能|我是AI",
+        "|".join(ASSISTANT_PHRASES) + "|我就?是一?个?(人工智能|AI)",
     ),
 )
 

@@ -71,11 +71,14 @@ HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradie
 POCKET = Recipe(
     name="pocket",
     base="small",
-    dataset=("huanhuan", "dataset"),
+    dataset=("huanhuan", "dataset", "dataset"),  # our own are read twice: who she is stands only there
+    dropout=0.2,
     batch_size=16,
     accumulation=1,
-    epochs=3,
-    learning_rate=2e-4,
+    epochs=2,
+    learning_rate=8e-4,
+    schedule="cosine",
+    warmup=0.05,
 )
 
 # Seconds on a CPU, for tests; its base is made by tests/tiny.py.
@@ -87,6 +90,8 @@ TINY = replace(
     batch_size=4,
     epochs=20,
     learning_rate=1e-2,
+    schedule="linear",
+    warmup=0.0,
     dropout=0.0,
     held_out=4,
     save_steps=10,

@@ -86,7 +86,7 @@ def train(
         data_collator=DataCollatorWithFlattening(),
     )
     stop = StopOnInterrupt()
-    trainer.add_callback(EpochEnd(trainer, at_epoch_end))
+    trainer.add_callback(EpochEnd(trainer, at_epoch_end, stop))
     trainer.add_callback(stop)
     # PEFT looks for the base's config on the Hub at each checkpoint, to learn that no embedding was resized.
     warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", module="peft")
@@ -149,14 +149,16 @@ class FiniteTrainer(Trainer):
 
 
 class EpochEnd(TrainerCallback):
-    """Measures at the end of each epoch, and logs it where checkpoints keep it."""
+    """Measures at the end of each whole epoch, and logs it where checkpoints keep it."""
 
-    def __init__(self, trainer: Trainer, measure: Callable[[], dict[str, float]] | None) -> None:
-        self.trainer, self.measure = trainer, measure
+    def __init__(
+        self, trainer: Trainer, measure: Callable[[], dict[str, float]] | None, stop: "StopOnInterrupt"
+    ) -> None:
+        self.trainer, self.measure, self.stop = trainer, measure, stop
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log what the measure returns."""
-        if self.measure and not control.should_training_stop:
+        if self.measure and not self.stop.asked:
             self.trainer.log(self.measure())
 
 
