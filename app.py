@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told who chats here
@@ -25,6 +26,7 @@ from chat.persona import Message
 log = logging.getLogger(__name__)
 
 WAITING = 20  # visitors in the queue; more are told to come back
+INVITATION = "对她说些什么……  Say something"
 ASIDE = "\n\n〔"  # opens a plain hint below her words; a history is cut there
 Answer = Callable[[list[Message], str, Sampling], Iterator[Piece]]
 
@@ -77,14 +79,13 @@ def build_page(engine: ChatEngine) -> gr.ChatInterface:
             [greeting()], show_label=False, scale=1, allow_tags=False, latex_delimiters=[], buttons=["copy"]
         ),
         textbox=gr.Textbox(
-            placeholder="对她说些什么……  Say something", submit_btn="送出", stop_btn="停下",
+            placeholder=INVITATION, submit_btn="送出", stop_btn="停下",
             max_length=MAX_CHARACTERS, show_label=False, scale=7,
         ),
         additional_inputs=_controls(engine),
         additional_inputs_accordion=gr.Accordion("声音与文采 · Voice and sampling", open=False),
         additional_outputs=[status],
-        examples=[[opener] for opener in persona.OPENERS],
-        editable=True, cache_examples=False, fill_height=True, autofocus=False,
+        editable=True, fill_height=True, autofocus=False,
         analytics_enabled=False, api_name="chat", concurrency_limit=1,
     )  # fmt: skip
     with page:
@@ -187,9 +188,10 @@ def _controls(engine: ChatEngine) -> list[gr.Component]:
     ]
 
 
-def greeting() -> dict[str, str]:
-    """Her first words, in a new or cleared conversation."""
-    return {"role": "assistant", "content": persona.GREETING}
+def greeting() -> gr.ChatMessage:
+    """Her first words, in a new or cleared conversation, with openers to tap."""
+    openers: list[Any] = [{"value": opener} for opener in persona.OPENERS]
+    return gr.ChatMessage(persona.GREETING, options=openers)
 
 
 def _one_queue(page: gr.ChatInterface) -> None:
@@ -200,19 +202,20 @@ def _one_queue(page: gr.ChatInterface) -> None:
 
 
 def _keep_the_box_open(page: gr.ChatInterface) -> None:
-    """Gradio leaves the text box locked when an event fails outside our function, as a full queue does."""
+    """Gradio empties the text box's placeholder, and locks it when an event fails outside us, as a full queue does."""
     for event in [event for event in page.fns.values() if event.types_generator]:
-        page.default_config.set_event_trigger(
-            targets=[EventListenerMethod(None, "failure")],
-            fn=lambda: gr.Textbox(interactive=True, placeholder=persona.CROWDED),
-            inputs=None, outputs=[page.textbox], queue=False, api_visibility="private",
-            trigger_after=event._id, trigger_only_on_failure=True,
-        )  # fmt: skip
+        for outcome, hint in (("success", INVITATION), ("failure", persona.CROWDED)):
+            page.default_config.set_event_trigger(
+                targets=[EventListenerMethod(None, outcome)],
+                fn=partial(gr.Textbox, interactive=True, placeholder=hint),
+                inputs=None, outputs=[page.textbox], queue=False, api_visibility="private", trigger_after=event._id,
+                **{f"trigger_only_on_{outcome}": True},
+            )  # fmt: skip
 
 
 def _greet_again(page: gr.ChatInterface) -> None:
     with page:
-        page.chatbot.clear(lambda: [greeting()], None, [page.chatbot_value], queue=False, api_visibility="private")
+        page.chatbot.clear(lambda: [greeting()], None, [page.chatbot], queue=False, api_visibility="private")
 
 
 LAUNCH: dict[str, Any] = {
@@ -234,6 +237,7 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="also open a public link")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         from chat.local import load  # here, so that --help and the page's tests need no torch
 

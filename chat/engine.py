@@ -55,7 +55,8 @@ class Cost:
     @property
     def tokens_per_second(self) -> float:
         """Speed after the first token."""
-        return (self.tokens - 1) / max(self.seconds - self.first_token, 1e-9) if self.tokens > 1 else 0.0
+        after = self.seconds - self.first_token
+        return (self.tokens - 1) / after if after > 0 else 0.0
 
 
 @dataclass(frozen=True)

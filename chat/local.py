@@ -100,6 +100,7 @@ def load_base(located: Located) -> "PreTrainedModel":
     dtype = torch.bfloat16 if on_gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype).to("cuda" if on_gpu else "cpu")
     model.config._name_or_path = model.name_or_path = located.base.name  # PEFT writes it into adapter_config.json
+    model.generation_config = GenerationConfig()  # generation_config() below says everything
     loaded: PreTrainedModel = model.eval()
     return loaded
 

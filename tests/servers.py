@@ -77,47 +77,36 @@ class _Files(Quiet):
 
 
 class HubServer(Server):
-    """As much of the Hub as an upload needs: create, auth-check, preupload, LFS, commit. Keeps what it was given."""
+    """As much of the Hub as an upload needs: create, auth-check, preupload, commit. Keeps what it was given.
+
+    It asks for every file as a regular one: the tiny weights need no binary storage.
+    """
 
     def __init__(self, may_write=True):
         super().__init__(_Hub)
-        self.may_write, self.uploaded, self.objects, self.tokens = may_write, {}, {}, set()
+        self.may_write, self.uploaded, self.tokens = may_write, {}, set()
 
 
 class _Hub(Quiet):
-    def _body(self):
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
     def do_GET(self):
         self.server.owner.tokens.add(self.headers.get("Authorization"))
         if "/auth-check" in self.path:
             return self.answer(200, {}) if self.server.owner.may_write else self.answer(403, {"error": "read only"})
         return self.answer(200, {"id": "fan/pocket", "sha": "0" * 40, "siblings": [], "private": False})
 
-    def do_PUT(self):
-        self.server.owner.objects[self.path.rsplit("/", 1)[1]] = self._body()
-        self.answer(200, {})
-
     def do_POST(self):
-        owner, body = self.server.owner, self._body()
+        owner, body = self.server.owner, self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/api/repos/create":
             return self.answer(200, {"url": f"{owner.address}/fan/pocket", "name": "fan/pocket"})
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             files = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": p, "uploadMode": "lfs" if p.endswith(".safetensors") else "regular"} for p in files]
+            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
             return self.answer(200, {"files": modes})
-        if self.path.endswith("/info/lfs/objects/batch"):
-            return self._lfs(json.loads(body))
         if "/commit/" in self.path:
             return self._commit(body)
         return self.answer(404, {"error": self.path})
-
-    def _lfs(self, asked):
-        put = {o["oid"]: {"upload": {"href": f"{self.server.owner.address}/lfs/{o['oid']}"}} for o in asked["objects"]}
-        objects = [{"oid": o["oid"], "size": o["size"], "actions": put[o["oid"]]} for o in asked["objects"]]
-        self.answer(200, {"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
 
     def _commit(self, body):
         owner = self.server.owner
@@ -125,7 +114,5 @@ class _Hub(Quiet):
             entry = json.loads(line)
             if entry["key"] == "file":
                 owner.uploaded[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            if entry["key"] == "lfsFile":
-                owner.uploaded[entry["value"]["path"]] = owner.objects[entry["value"]["oid"]]
         done = {"commitUrl": f"{owner.address}/fan/pocket/commit/1", "commitOid": "1" * 40, "success": True}
         self.answer(200, done | {"pullRequestUrl": None})
