@@ -103,11 +103,10 @@ def on_gpu(engine: ChatEngine) -> Answer:
     def seconds(turns: list[Message], adapter: str, sampling: Sampling) -> int:
         return min(25, 5 + sampling.max_new_tokens // 20)
 
-    @spaces.GPU(duration=seconds)
     def answer(turns: list[Message], adapter: str, sampling: Sampling) -> Iterator[Piece]:
         yield from engine.stream(turns, adapter, sampling, threading.Event())
 
-    return cast("Answer", answer)
+    return cast("Answer", spaces.GPU(answer, duration=seconds))
 
 
 def reply(
@@ -176,7 +175,7 @@ def _about(engine: ChatEngine) -> str:
     return f"{engine.adapters[0]} · {engine.base}{missing}"
 
 
-def _controls(engine: ChatEngine) -> list[gr.Component]:
+def _controls(engine: ChatEngine) -> list[str | gr.Component]:
     names = [(f"{name}（只用底座 base only）" if name == BASE_ONLY else name, name) for name in engine.adapters]
     return [
         gr.Dropdown(names, value=engine.adapters[0], label="声音 · Adapter"),
@@ -188,10 +187,13 @@ def _controls(engine: ChatEngine) -> list[gr.Component]:
     ]
 
 
-def greeting() -> gr.ChatMessage:
+def greeting() -> gr.MessageDict:
     """Her first words, in a new or cleared conversation, with openers to tap."""
-    openers: list[Any] = [{"value": opener} for opener in persona.OPENERS]
-    return gr.ChatMessage(persona.GREETING, options=openers)
+    return {
+        "role": "assistant",
+        "content": persona.GREETING,
+        "options": [{"value": opener} for opener in persona.OPENERS],
+    }
 
 
 def _one_queue(page: gr.ChatInterface) -> None:
@@ -209,7 +211,7 @@ def _keep_the_box_open(page: gr.ChatInterface) -> None:
                 targets=[EventListenerMethod(None, outcome)],
                 fn=partial(gr.Textbox, interactive=True, placeholder=hint),
                 inputs=None, outputs=[page.textbox], queue=False, api_visibility="private", trigger_after=event._id,
-                **{f"trigger_only_on_{outcome}": True},
+                trigger_only_on_success=outcome == "success", trigger_only_on_failure=outcome == "failure",
             )  # fmt: skip
 
 

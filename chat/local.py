@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from filelock import FileLock
@@ -26,7 +26,6 @@ from chat.persona import OPENERS, Message
 from chat.prompt import prompt_ids, trim
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
@@ -88,8 +87,7 @@ def _convert(located: Located, folder: Path) -> None:
 
 def load_tokenizer(located: Located) -> "PreTrainedTokenizerFast":
     """The base's own tokenizer, whose template is the only template."""
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(located.path)
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(located.path))
 
 
 def load_base(located: Located) -> "PreTrainedModel":
@@ -98,7 +96,8 @@ def load_base(located: Located) -> "PreTrainedModel":
     torch.backends.cuda.enable_cudnn_sdp(False)
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype).to("cuda" if on_gpu else "cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype)
+    model.to("cuda" if on_gpu else "cpu")
     model.config._name_or_path = model.name_or_path = located.base.name  # PEFT writes it into adapter_config.json
     model.generation_config = GenerationConfig()  # generation_config() below says everything
     loaded: PreTrainedModel = model.eval()
@@ -121,7 +120,7 @@ class LocalEngine:
         located = dense(located)
         self.base = f"{located.base.name} ({located.source})"
         self.tokenizer = load_tokenizer(located)
-        self.model: PreTrainedModel | PeftModel = load_base(located)
+        self.model: Any = load_base(located)  # a PeftModel once an adapter is admitted
         self.refused: list[str] = []
         self._served: list[str] = []
         for adapter in adapters:
@@ -227,6 +226,7 @@ class LocalEngine:
                 streamer=voice,
             )
         ended = out[0, -1].item() in ends(self.tokenizer)
+        stopped: Literal["end", "cancelled", "length"]
         stopped = "end" if ended else "cancelled" if cancel.is_set() else "length"
         now = time.perf_counter()
         return Cost(stopped, out.shape[1] - len(ids), (voice.first or now) - started, now - started)
@@ -234,7 +234,7 @@ class LocalEngine:
 
 def ends(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """Both terminators: the template's `<|im_end|>` and the tutorial's `<|endoftext|>`."""
-    return [tokenizer.convert_tokens_to_ids(token) for token in (END, PAD)]
+    return cast("list[int]", tokenizer.convert_tokens_to_ids([END, PAD]))
 
 
 def generation_config(tokenizer: "PreTrainedTokenizerFast", sampling: Sampling) -> GenerationConfig:

@@ -141,7 +141,7 @@ def replies(
         out = model.generate(**_padded(prompts, int(stop[1]), model.device), generation_config=config)
         for row in out[:, max(map(len, prompts)) :].cpu():
             ended = bool(torch.isin(row, stop).any())
-            yield tokenizer.decode(row, skip_special_tokens=True), ended
+            yield str(tokenizer.decode(row, skip_special_tokens=True)), ended
     model.train(was_training)
 
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -220,8 +220,8 @@ def reopen(folder: Path, base: str | None) -> tuple[Any, Any, list[Any], list[An
     from chat import local
     from training import data
 
-    recorded = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    recipe = Recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in recorded.items()})
+    recorded: dict[str, Any] = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    recipe = Recipe(**{name: cast("Any", tuple(v) if isinstance(v, list) else v) for name, v in recorded.items()})
     located = local.dense(_locate(base or recipe.base))
     adapter = Adapter.open(folder, located)
     tokenizer = local.load_tokenizer(located)
