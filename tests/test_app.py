@@ -105,6 +105,12 @@ def test_the_page_and_the_api_share_one_queue(serve):
     assert engine.peak == 1
 
 
+def test_every_way_to_ask_waits_in_the_same_line():
+    streaming = [event for event in app.build_page(ScriptedEngine("好")).fns.values() if event.types_generator]
+    assert len(streaming) > 1
+    assert {(event.concurrency_id, event.concurrency_limit) for event in streaming} == {("reply", 1)}
+
+
 def test_cancelling_frees_the_engine(serve):
     engine = ScriptedEngine("长" * 200, pause=0.05)
     client = serve(engine)

@@ -89,14 +89,18 @@ def test_a_line_never_lands_on_both_sides():
 
 
 def test_a_dialogue_stays_together():
-    rows = [Example(({"role": "user", "content": f"问{n}"},), f"答{n}", "own.jsonl", n // 4) for n in range(80)]
+    said = [{"role": ("user", "assistant")[n % 2], "content": f"话{n}"} for n in range(7)]
+    rows = [
+        Example((*said[: 2 * (n % 4)], {"role": "user", "content": f"问{n}"}), f"答{n}", "own.jsonl", n // 4)
+        for n in range(80)
+    ]
     training, held_out = split(rows, 20, seed=1)
     assert held_out and not {e.row for e in training} & {e.row for e in held_out}
 
 
 def test_what_stands_often_is_taught_not_tested():
     rows = pairs(*[("你是谁？", "臣妾。")] * 20, *((f"问{n}", f"答{n}") for n in range(10)))
-    _, held_out = split(rows, 25, seed=1)
+    _, held_out = split(rows, 30, seed=1)
     assert len(held_out) == 10
 
 

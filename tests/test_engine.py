@@ -1,11 +1,13 @@
 """The engines: sampling that refuses forged values, and the local engine on the tiny adapter."""
 
+import shutil
 import threading
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from chat.adapter import Adapter
+from chat.adapter import WEIGHTS, Adapter
 from chat.engine import BASE_ONLY, Sampling, ScriptedEngine
 from chat.local import LocalEngine
 
@@ -105,10 +107,15 @@ def test_a_long_history_is_trimmed_and_counted(engine):
     assert cost.forgotten > 0 and cost.forgotten % 2 == 0
 
 
-def test_two_adapters_load_side_by_side(trained, located):
-    other = Adapter("other", trained.folder, trained.recipe, trained.metrics)
-    both = LocalEngine(located, [trained, other])
-    assert both.adapters == ["tiny", "other", BASE_ONLY] and say(both, adapter="other")[0] == "臣妾明白。"
+def test_two_adapters_load_side_by_side_and_each_has_its_own_voice(trained, located, tmp_path):
+    folder = shutil.copytree(trained.folder, tmp_path / "other")
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: -w if "lora_B" in name else w for name, w in weights.items()}, folder / WEIGHTS)
+    other = Adapter.open(folder, located)
+    both, alone = LocalEngine(located, [trained, other]), LocalEngine(located, [other])
+    assert both.adapters == ["tiny", "other", BASE_ONLY]
+    heard = {name: say(both, adapter=name)[0] for name in ("other", "tiny", "other")}
+    assert heard == {"tiny": "臣妾明白。", "other": say(alone, adapter="other")[0]}
 
 
 @pytest.mark.parametrize(

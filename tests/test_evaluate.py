@@ -59,8 +59,9 @@ def test_she_may_deny_being_a_machine_but_not_claim_it(reply, passes):
     assert PROBES[-1].passes(reply) is passes
 
 
-def test_there_are_twenty_probes_and_the_assistant_fails_each():
+def test_there_are_twenty_probes_and_neither_small_talk_nor_the_assistant_passes():
     assert len({probe.question for probe in PROBES}) == 20
+    assert not any(probe.passes("今日天气晴好，去御花园走走罢。") for probe in PROBES)
     assert not any(probe.passes("我是通义千问，阿里云开发的语言模型，很高兴为您服务。") for probe in PROBES)
 
 

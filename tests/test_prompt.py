@@ -41,6 +41,8 @@ def test_trimming_drops_whole_turns_from_the_oldest(tokenizer):
     kept, ids = trim(tokenizer, turns, 200)
     assert kept == turns[2:] and ids == prompt_ids(tokenizer, turns[2:]) and len(ids) <= 200
     assert trim(tokenizer, turns, 2000)[0] == turns
+    for limit in range(len(prompt_ids(tokenizer, ASK)), 600):
+        assert trim(tokenizer, turns, limit)[0][0]["role"] == "user", limit
 
 
 def test_a_question_too_long_is_refused_with_both_lengths(tokenizer):

@@ -7,7 +7,7 @@ from tests.conftest import TAUGHT
 from training import proof
 from training.data import load
 from training.recipe import TINY
-from training.tokens import IGNORED, Encoded, encode
+from training.tokens import Encoded, encode
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,9 @@ def test_a_shown_row_tells_what_is_read_learned_and_ended(tokenizer, rows):
     assert "你是谁？" in shown.split("learned")[0] and "'臣妾明白。'" in shown and shown.endswith("<|im_end|> (258)")
 
 
-def test_a_shifted_mask_is_caught(tokenizer, rows):
-    shifted = [Encoded(row.input_ids, [IGNORED, *row.labels[:-1]]) for row in rows]
+@pytest.mark.parametrize("shift", [1, -1])
+def test_a_shifted_mask_is_caught(tokenizer, rows, shift):
+    shifted = [Encoded(row.input_ids, [*row.labels[-shift:], *row.labels[:-shift]]) for row in rows]
     with pytest.raises(ValueError, match="mask does not start"):
         proof.check_parity(tokenizer, load([str(TAUGHT)]), shifted)
 

@@ -88,6 +88,19 @@ def test_words_grow_while_she_speaks_and_stop_keeps_what_was_said(visit):
     wait_for_words(tab, "再说别的。")
 
 
+def test_the_page_and_a_stranger_at_the_api_take_turns(visit):
+    from gradio_client import Client
+
+    engine = ScriptedEngine("慢慢说来，不必着急。", pause=0.1)
+    tab = visit(engine)
+    client = Client(tab.url, verbose=False)
+    say(tab, "早")
+    job = client.submit("早", api_name="/chat")
+    wait_for_words(tab, "不必着急。")
+    assert job.result(timeout=30)[0] == "慢慢说来，不必着急。"
+    assert engine.peak == 1
+
+
 def test_retry_undo_and_clear(visit):
     engine = ScriptedEngine("头一回。", "第二回。")
     tab = visit(engine)
