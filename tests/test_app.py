@@ -1,6 +1,5 @@
 """The page on a real server: what a visitor, or a stranger with the API's address, meets."""
 
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -156,19 +155,3 @@ def test_notes_on_length_and_forgotten_turns_are_plain_and_cut_from_the_history(
     assert app.read_history([{"role": "user", "content": "早"}, {"role": "assistant", "content": said}])[1] == {
         "role": "assistant", "content": "臣妾",
     }  # fmt: skip
-
-
-def test_a_stream_closed_by_the_page_sets_the_cancel():
-    seen = {}
-
-    class Watched(ScriptedEngine):
-        def stream(self, turns, adapter, sampling, cancel):
-            try:
-                yield from super().stream(turns, adapter, sampling, cancel)
-            finally:
-                seen["closed"] = True
-
-    stream = app.on_gpu(Watched("慢慢说"))([{"role": "user", "content": "早"}], "scripted", app.Sampling())
-    next(stream)
-    stream.close()
-    assert seen["closed"] and threading.active_count() < 100
