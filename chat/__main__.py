@@ -20,7 +20,7 @@ def main() -> None:
         from chat.local import load  # here, so that --help answers at once
 
         engine = load(chosen.base)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))
     talk(engine, chosen.adapter or engine.adapters[0])
 

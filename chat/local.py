@@ -33,12 +33,13 @@ log = logging.getLogger(__name__)
 PROMPT_TOKENS = 2048  # longest prompt; a CPU reads it in some seconds, and the training rows are far shorter
 REPLY_SECONDS = 120.0  # a reply ends here even when nobody listens
 MEMORY_7B = 20_000_000_000  # bytes of GPU memory: 15.2 GB of weights, the cache, some air
+ZERO_GPU = "SPACES_ZERO_GPU"  # set on a Space with ZeroGPU
 END, PAD = "<|im_end|>", "<|endoftext|>"
 
 
 def best_base() -> str:
     """The 7B where a GPU (ZeroGPU included) has room for it, else the small base."""
-    if os.environ.get("SPACES_ZERO_GPU"):
+    if os.environ.get(ZERO_GPU):
         return "7b"
     room = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= MEMORY_7B
     return "7b" if room else "small"
@@ -90,14 +91,18 @@ def load_tokenizer(located: Located) -> "PreTrainedTokenizerFast":
     return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(located.path))
 
 
-def load_base(located: Located) -> "PreTrainedModel":
-    """The base on the best device: bf16 on a GPU, fp32 on a CPU, where bf16 is hardly faster and less exact."""
+def best_device() -> str:
+    """The GPU where there is one; on ZeroGPU it is promised at all times, but there only while she answers."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_base(located: Located, device: str | None = None) -> "PreTrainedModel":
+    """The base, on the best device unless told: bf16 where there is a GPU, else fp32; a CPU gains little from bf16."""
     # cuDNN's attention gave NaN gradients and is chosen by default for packed rows on an H100.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = torch.bfloat16 if best_device() == "cuda" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype)
-    model.to("cuda" if on_gpu else "cpu")
+    model.to(device or best_device())
     model.config._name_or_path = model.name_or_path = located.base.name  # PEFT writes it into adapter_config.json
     model.generation_config = GenerationConfig()  # generation_config() below says everything
     loaded: PreTrainedModel = model.eval()
@@ -120,11 +125,14 @@ class LocalEngine:
         located = dense(located)
         self.base = f"{located.base.name} ({located.source})"
         self.tokenizer = load_tokenizer(located)
-        self.model: Any = load_base(located)  # a PeftModel once an adapter is admitted
+        # On ZeroGPU nothing can run on the GPU before a visitor asks: there adapters are tried on the CPU.
+        base: Any = load_base(located, "cpu" if os.environ.get(ZERO_GPU) else None)
+        self.model = base  # a PeftModel once an adapter is admitted
         self.refused: list[str] = []
         self._served: list[str] = []
         for adapter in adapters:
             self._admit(adapter)
+        self.model.to(best_device())
         self._start_thread()
         os.register_at_fork(after_in_child=self._start_thread)  # ZeroGPU answers from a forked worker
 

@@ -33,16 +33,19 @@ def unmarked(text: str) -> str:
 
 
 def trim(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], limit: int) -> tuple[list[Message], list[int]]:
-    """Drop the oldest turns, a question with its reply, until the prompt is at most `limit` tokens long.
+    """Keep the newest turns, from a question on, whose prompt is at most `limit` tokens long.
 
-    Returns the turns kept and their prompt ids. Raises ValueError when the last question alone is too long.
+    Returns the turns kept and their prompt ids. It reads from the end, so that a forged history of any length costs
+    no more than one that fits. Raises ValueError when the last question alone is too long.
     """
-    kept = list(turns)
+    questions = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+    kept = list(turns[-1:])
     ids = prompt_ids(tokenizer, kept)
-    while len(ids) > limit:
-        starts = [i for i, m in enumerate(kept) if m["role"] == "user" and i > 0]
-        if not starts:
-            raise ValueError(f"The question is {len(ids)} tokens long, {limit} fit. Ask it in fewer words.")
-        kept = kept[starts[0] :]
-        ids = prompt_ids(tokenizer, kept)
+    if len(ids) > limit:
+        raise ValueError(f"The question is {len(ids)} tokens long, {limit} fit. Ask it in fewer words.")
+    for start in reversed(questions[:-1]):
+        longer = prompt_ids(tokenizer, turns[start:])
+        if len(longer) > limit:
+            break
+        kept, ids = list(turns[start:]), longer
     return kept, ids

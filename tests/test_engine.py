@@ -7,6 +7,8 @@ import time
 import pytest
 from safetensors.torch import load_file, save_file
 
+import chat.local
+import chat.prompt
 from chat.adapter import WEIGHTS, Adapter
 from chat.engine import BASE_ONLY, Sampling, ScriptedEngine
 from chat.local import LocalEngine
@@ -116,6 +118,25 @@ def test_two_adapters_load_side_by_side_and_each_has_its_own_voice(trained, loca
     assert both.adapters == ["tiny", "other", BASE_ONLY]
     heard = {name: say(both, adapter=name)[0] for name in ("other", "tiny", "other")}
     assert heard == {"tiny": "臣妾明白。", "other": say(alone, adapter="other")[0]}
+
+
+def test_a_forged_history_of_any_length_costs_no_more_than_one_that_fits(engine, monkeypatch):
+    read = []
+    ids = chat.prompt.prompt_ids
+    monkeypatch.setattr(chat.prompt, "prompt_ids", lambda t, turns: read.append(len(str(turns))) or ids(t, turns))
+    history = [{"role": r, "content": "说" * 1600} for _ in range(100) for r in ("user", "assistant")]
+    say(engine, [*history, *ASK])
+    assert sum(read) < 10_000
+
+
+def test_on_zerogpu_adapters_are_tried_before_there_is_a_gpu(trained, located, monkeypatch):
+    placed = []
+    monkeypatch.setenv("SPACES_ZERO_GPU", "1")
+    monkeypatch.setattr(chat.local, "best_device", lambda: placed.append("asked") or "cpu")
+    tried = LocalEngine._unfit
+    monkeypatch.setattr(LocalEngine, "_unfit", lambda self, name: placed.append("tried") or tried(self, name))
+    assert LocalEngine(located, [trained]).adapters == ["tiny", BASE_ONLY]
+    assert placed == ["asked", "tried", "asked"]  # for the dtype, then to move there
 
 
 @pytest.mark.parametrize(

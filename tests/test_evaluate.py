@@ -72,6 +72,12 @@ def test_style_counts_endings_pairs_and_slips():
     assert distinct_2(["好好好"]) == (0.5, 2)
 
 
+def test_a_folder_that_is_no_adapter_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit, match="recipe"):
+        evaluate.main()
+
+
 def test_an_adapter_is_evaluated_again_alone(trained, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["evaluate", str(trained.folder)])
     evaluate.main()

@@ -25,7 +25,8 @@ def weights(job):
     return load_file(job.output / WEIGHTS)
 
 
-def test_a_run_leaves_the_contract_and_nothing_else(tiny_run, located):
+def test_a_run_leaves_the_contract_and_nothing_else(tiny_run, located, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.run.ROOT", tmp_path)
     job = tiny_run(epochs=2)
     adapter = run(job)
     assert adapter == Adapter.open(job.output, located)
@@ -46,6 +47,12 @@ def test_a_run_leaves_the_contract_and_nothing_else(tiny_run, located):
     assert list(job.work.rglob("events.out.tfevents.*")), "no TensorBoard log"
     ledger = (job.output.parent / "README.md").read_text(encoding="utf-8")
     assert str(metrics["heldout_loss"]["value"]) in ledger
+
+
+def test_a_run_written_elsewhere_leaves_the_readme_there_alone(tiny_run, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    run(tiny_run(epochs=1, held_out=0, probe_replies=0))
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_the_proof_and_the_forecast_are_shown_before_the_first_step(tiny_run, caplog):

@@ -6,6 +6,7 @@ python -m training.evaluate adapters/pocket [--base small]
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -211,7 +212,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", help="by default the one its recipe names")
     chosen = parser.parse_args()
-    metrics = measure(*reopen(chosen.folder, chosen.base))
+    try:
+        metrics = measure(*reopen(chosen.folder, chosen.base))
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(str(error))
     print(json.dumps(metrics, ensure_ascii=False, indent=1))
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 
 import tyro
 
-from chat.adapter import METRICS, RECIPE, ROOT, Adapter
+from chat.adapter import CARD, METRICS, RECIPE, ROOT, Adapter
 from training.recipe import HUANHUAN, RECIPES, Recipe
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ def main() -> None:
         log.info("%s is ready: python app.py --base %s", adapter.folder, chosen.recipe.base)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped at once. If a checkpoint was written, --resume goes on from it.")
 
 
 def run(job: Run, api: Any = None) -> Adapter:
@@ -203,7 +205,8 @@ def _write(model: Any, recipe: Recipe, metrics: dict[str, Any], output: Path, lo
     Adapter.open(part, located)
     shutil.rmtree(output, ignore_errors=True)
     os.replace(part, output)
-    (output.parent / "README.md").write_text(card.ledger(output.parent), encoding="utf-8")
+    if output.parent.resolve() == ROOT:
+        (ROOT / CARD).write_text(card.ledger(ROOT), encoding="utf-8")
     return Adapter.open(output, located)
 
 
