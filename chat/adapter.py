@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from chat.base import Located
+from chat.base import Located, require_answer
+from chat.engine import BASE_ONLY
+from chat.fetch import Unavailable
 from chat.persona import SYSTEM_PROMPT
 
 ROOT = Path(__file__).parent.parent / "adapters"
@@ -21,6 +25,9 @@ CARD = "README.md"
 FIGURE = "loss.png"
 FILES = (CONFIG, WEIGHTS, RECIPE, METRICS, CARD, FIGURE)
 NEEDED = (CONFIG, WEIGHTS, RECIPE)
+PART = ".part"  # ends the name of a folder that a run is still writing
+NAME = re.compile(r"[\w-]{1,60}")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_RANK = 64
@@ -39,12 +46,13 @@ class Adapter:
     metrics: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path, located: Located) -> "Adapter":
-        """Check a folder against the base it is to serve on.
+    def open(cls, folder: Path, located: Located, name: str | None = None) -> "Adapter":
+        """Check a folder against the base it is to serve on; it is called as the folder is, or `name`.
 
         Raises FileNotFoundError or ValueError: one sentence with the remedy. That it changes the logits is checked
         by the engine, which has the base in memory.
         """
+        name = check_name(name or folder.resolve().name)
         _check_files(folder)
         config = _read(folder / CONFIG)
         _check_config(folder, config, located)
@@ -56,19 +64,78 @@ class Adapter:
                 f"{SYSTEM_PROMPT!r}. Train it again, or restore the prompt."
             )
         metrics = _read(folder / METRICS) if (folder / METRICS).exists() else {}
-        return cls(folder.resolve().name, folder, recipe, metrics)
+        return cls(name, folder, recipe, metrics)
 
 
 def find(located: Located, root: Path = ROOT) -> tuple[list[Adapter], list[str]]:
-    """Open every adapter folder under `root` that names this base; return them and the sentences of those refused."""
-    opened, refused = [], []
-    for folder in sorted(path.parent for path in root.glob(f"*/{CONFIG}")):
+    """Open the adapters that ADAPTERS names, then every folder under `root` that was trained on this base.
+
+    Returns them, and a sentence for each one refused: what is there is served.
+    """
+    opened: dict[str, Adapter] = {}
+    refused = []
+    for name, place in [*_named(os.environ.get("ADAPTERS", "")), *_shipped(located, root)]:
         try:
-            if _read(folder / CONFIG).get("base_model_name_or_path") == located.base.name:
-                opened.append(Adapter.open(folder, located))
-        except (ValueError, FileNotFoundError) as error:
+            if name in opened:
+                raise ValueError(f"Two adapters are called {name}; {place} is left out. Rename one.")
+            opened[name] = Adapter.open(_folder(place), located, name)
+        except (ValueError, OSError) as error:
             refused.append(str(error))
-    return opened, refused
+    return list(opened.values()), refused
+
+
+def _named(setting: str) -> list[tuple[str, str]]:
+    """`name=place, name=place`, a place being a folder or USER/NAME[@REVISION] on the Hub, as pairs."""
+    entries = [entry.strip() for entry in setting.split(",") if entry.strip()]
+    pairs = [entry.partition("=") if "=" in entry else ("", "", entry) for entry in entries]
+    return [(name.strip() or place.partition("@")[0].rsplit("/", 1)[-1], place.strip()) for name, _, place in pairs]
+
+
+def _shipped(located: Located, root: Path) -> list[tuple[str, str]]:
+    folders = sorted(path.parent for path in root.glob(f"*/{CONFIG}") if path.parent.suffix != PART)
+    return [(folder.name, str(folder)) for folder in folders if _fits(folder / CONFIG, located)]
+
+
+def _fits(config: Path, located: Located) -> bool:
+    try:
+        return bool(_read(config).get("base_model_name_or_path") == located.base.name)
+    except ValueError:
+        return True  # unreadable: let the gate say so
+
+
+def _folder(place: str) -> Path:
+    """The folder itself, or the Hub's repository in the Hugging Face cache: only the contract's files are fetched."""
+    if Path(place).is_dir() or not HUB_ID.fullmatch(place):
+        return Path(place)
+    from huggingface_hub import constants, snapshot_download
+
+    repo, _, revision = place.partition("@")
+    try:
+        found = snapshot_download(
+            repo,
+            revision=revision or None,
+            allow_patterns=list(FILES),
+            local_files_only=not _answers(constants.ENDPOINT),
+        )
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{place} cannot be had ({reason}). Check its name, your access, the network.") from error
+    return Path(found)
+
+
+def _answers(address: str) -> bool:
+    try:
+        require_answer(address)
+    except Unavailable:
+        return False
+    return True
+
+
+def check_name(name: str) -> str:
+    """The name, when a visitor can choose it and PEFT can hold it. Raises ValueError."""
+    if name == BASE_ONLY or not NAME.fullmatch(name):
+        raise ValueError(f"An adapter cannot be called {name!r}. Use letters, digits, - and _, and not {BASE_ONLY!r}.")
+    return name
 
 
 def _check_files(folder: Path) -> None:

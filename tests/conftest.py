@@ -26,7 +26,7 @@ def _own_cache(request, tmp_path, monkeypatch):
     """No test reads or fills the user's cache, but for those that need the real base."""
     if not request.node.get_closest_marker("real"):
         monkeypatch.setenv("CHAT_CACHE", str(tmp_path / "cache"))
-    for name in ("MODEL_FOLDER", "MODEL_SOURCE", "HF_TOKEN"):
+    for name in ("MODEL_FOLDER", "MODEL_SOURCE", "HF_TOKEN", "ADAPTERS"):
         monkeypatch.delenv(name, raising=False)
 
 

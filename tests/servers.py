@@ -76,8 +76,11 @@ class _Files(Quiet):
     do_HEAD = do_GET  # noqa: N815 - the name http.server looks for
 
 
+COMMIT = "1" * 40
+
+
 class HubServer(Server):
-    """As much of the Hub as an upload needs: create, auth-check, preupload, commit. Keeps what it was given.
+    """As much of the Hub as we use: create, auth-check, preupload, commit; and what was given back, as a snapshot.
 
     It asks for every file as a regular one: the tiny weights need no binary storage.
     """
@@ -92,7 +95,24 @@ class _Hub(Quiet):
         self.server.owner.tokens.add(self.headers.get("Authorization"))
         if "/auth-check" in self.path:
             return self.answer(200, {}) if self.server.owner.may_write else self.answer(403, {"error": "read only"})
-        return self.answer(200, {"id": "fan/pocket", "sha": "0" * 40, "siblings": [], "private": False})
+        if "/resolve/" in self.path:
+            return self._resolve(self.path.rsplit("/", 1)[1])
+        if not self.path.startswith("/api/models/fan/pocket"):
+            return self.answer(404, {"error": "none"}, X_Error_Code="RepoNotFound", X_Error_Message="none")
+        held = self.server.owner.uploaded
+        if "/tree/" in self.path:
+            return self.answer(
+                200, [{"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in held.items()]
+            )
+        files = [{"rfilename": name} for name in held]
+        return self.answer(200, {"id": "fan/pocket", "sha": COMMIT, "siblings": files, "private": False})
+
+    def _resolve(self, name):
+        body = self.server.owner.uploaded[name]
+        sha = hashlib.sha256(body).hexdigest()
+        return self.answer(200, body, ETag=f'"{sha}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET  # noqa: N815 - the name http.server looks for
 
     def do_POST(self):
         owner, body = self.server.owner, self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -114,5 +134,5 @@ class _Hub(Quiet):
             entry = json.loads(line)
             if entry["key"] == "file":
                 owner.uploaded[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-        done = {"commitUrl": f"{owner.address}/fan/pocket/commit/1", "commitOid": "1" * 40, "success": True}
+        done = {"commitUrl": f"{owner.address}/fan/pocket/commit/1", "commitOid": COMMIT, "success": True}
         self.answer(200, done | {"pullRequestUrl": None})

@@ -171,6 +171,12 @@ def test_an_earlier_runs_checkpoints_and_foreign_folders_are_not_overwritten(tin
         run(other)
 
 
+def test_a_name_the_page_cannot_offer_is_refused_before_training(tiny_run):
+    for name in ("my.adapter", "base"):
+        with pytest.raises(ValueError, match="letters, digits"):
+            run(tiny_run(name=name))
+
+
 def test_the_reference_recipe_is_the_tutorials():
     told = {
         "base": "7b", "dataset": ("huanhuan",), "max_length": 384, "rank": 8, "alpha": 32, "dropout": 0.1,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, cast
 
 import tyro
 
-from chat.adapter import CARD, METRICS, RECIPE, ROOT, Adapter
+from chat.adapter import CARD, METRICS, PART, RECIPE, ROOT, Adapter, check_name
 from training.recipe import HUANHUAN, RECIPES, Recipe
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def run(job: Run, api: Any = None) -> Adapter:
 
 def _prepare(job: Run, output: Path, work: Path) -> None:
     """Refuse early what would be lost or mixed up later, and note the recipe beside its checkpoints."""
+    check_name(output.name)
     noted = work / RECIPE
     if job.resume:
         if not noted.exists():
@@ -196,13 +197,13 @@ def _write(model: Any, recipe: Recipe, metrics: dict[str, Any], output: Path, lo
     """Write the folder beside its final name, open it, and only then give it that name."""
     from training import card, trainer
 
-    part = output.with_name(output.name + ".part")
+    part = output.with_name(output.name + PART)
     shutil.rmtree(part, ignore_errors=True)
     trainer.save(model, part)
     for name, value in ((RECIPE, _as_json(recipe)), (METRICS, metrics)):
         (part / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     card.write(part)
-    Adapter.open(part, located)
+    Adapter.open(part, located, output.name)
     shutil.rmtree(output, ignore_errors=True)
     os.replace(part, output)
     if output.parent.resolve() == ROOT:
