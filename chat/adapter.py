@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from chat.base import Located, require_answer
+from chat.base import Located
 from chat.engine import BASE_ONLY
-from chat.fetch import Unavailable
 from chat.persona import SYSTEM_PROMPT
 
 ROOT = Path(__file__).parent.parent / "adapters"
@@ -107,28 +106,15 @@ def _folder(place: str) -> Path:
     """The folder itself, or the Hub's repository in the Hugging Face cache: only the contract's files are fetched."""
     if Path(place).is_dir() or not HUB_ID.fullmatch(place):
         return Path(place)
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
     repo, _, revision = place.partition("@")
     try:
-        found = snapshot_download(
-            repo,
-            revision=revision or None,
-            allow_patterns=list(FILES),
-            local_files_only=not _answers(constants.ENDPOINT),
-        )
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=list(FILES))
     except (ValueError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{place} cannot be had ({reason}). Check its name, your access, the network.") from error
     return Path(found)
-
-
-def _answers(address: str) -> bool:
-    try:
-        require_answer(address)
-    except Unavailable:
-        return False
-    return True
 
 
 def check_name(name: str) -> str:

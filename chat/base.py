@@ -160,7 +160,7 @@ def _in_hub_cache(base: Base) -> bool:
     return isinstance(try_to_load_from_cache(base.name, last, revision=base.revision), str)
 
 
-def require_answer(address: str) -> None:
+def _require_answer(address: str) -> None:
     """Ask once, briefly: the libraries below would retry a dead network for half a minute each."""
     try:
         httpx.head(address, timeout=5)
@@ -177,7 +177,7 @@ def _hub(base: Base) -> Path:
     from huggingface_hub import constants, hf_hub_download, snapshot_download
 
     if not _in_hub_cache(base):
-        require_answer(constants.ENDPOINT)
+        _require_answer(constants.ENDPOINT)
     if base.packed:
         return _verified(Path(hf_hub_download(base.name, base.packed.file, revision=base.revision)), base.packed)
     folder = Path(
@@ -189,7 +189,7 @@ def _hub(base: Base) -> Path:
 
 def _modelscope(base: Base) -> Path:
     """From ModelScope, which checks every file's sha256 itself after the download."""
-    require_answer(f"https://{os.environ.get('MODELSCOPE_DOMAIN') or 'www.modelscope.cn'}")
+    _require_answer(f"https://{os.environ.get('MODELSCOPE_DOMAIN') or 'www.modelscope.cn'}")
     from modelscope import snapshot_download
 
     wanted = [base.packed.file] if base.packed else ["*.json", "*.safetensors", "*.txt"]

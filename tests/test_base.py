@@ -31,7 +31,7 @@ def small(file_server, monkeypatch):
         page = f'<a href="{url}#sha256={file_server.sha256(whole.getvalue())}">{name}</a>'
         file_server.serve(f"simple/cut-{n}/", page.encode())
     monkeypatch.setenv("PIP_INDEX_URL", f"{file_server.address}/simple")
-    monkeypatch.setattr(bases, "require_answer", _silent)
+    monkeypatch.setattr(bases, "_require_answer", _silent)
     base = Base("org/tiny", "main", 1000, packed)
     monkeypatch.setitem(bases.BASES, "small", base)
     return base
