@@ -26,6 +26,7 @@ from chat.persona import Message
 log = logging.getLogger(__name__)
 
 WAITING = 20  # visitors in the queue; more are told to come back
+SEND, STOP = "送出", "停下"
 INVITATION = "对她说些什么……  Say something"
 ASIDE = "\n\n〔"  # opens a plain hint below her words; a history is cut there
 Answer = Callable[[list[Message], str, Sampling], Iterator[Piece]]
@@ -79,7 +80,7 @@ def build_page(engine: ChatEngine) -> gr.ChatInterface:
             [greeting()], show_label=False, scale=1, allow_tags=False, latex_delimiters=[], buttons=["copy"]
         ),
         textbox=gr.Textbox(
-            placeholder=INVITATION, submit_btn="送出", stop_btn="停下",
+            placeholder=INVITATION, submit_btn=SEND, stop_btn=STOP,
             max_length=MAX_CHARACTERS, show_label=False, scale=7,
         ),
         additional_inputs=_controls(engine),
@@ -92,6 +93,7 @@ def build_page(engine: ChatEngine) -> gr.ChatInterface:
         status.render()
     _one_queue(page)
     _keep_the_box_open(page)
+    _offer_stop(page)
     _greet_again(page)
     page.queue(max_size=WAITING)
     return page
@@ -198,21 +200,38 @@ def greeting() -> gr.MessageDict:
 
 def _one_queue(page: gr.ChatInterface) -> None:
     """Gradio limits each event by itself; a shared id makes page and API wait for one another."""
-    for event in page.fns.values():
-        if event.types_generator:
-            event.concurrency_id = "reply"
+    for event in _streaming(page):
+        event.concurrency_id = "reply"
 
 
 def _keep_the_box_open(page: gr.ChatInterface) -> None:
     """Gradio empties the text box's placeholder, and locks it when an event fails outside us, as a full queue does."""
-    for event in [event for event in page.fns.values() if event.types_generator]:
+    for event in _streaming(page):
         for outcome, hint in (("success", INVITATION), ("failure", persona.CROWDED)):
             page.default_config.set_event_trigger(
                 targets=[EventListenerMethod(None, outcome)],
-                fn=partial(gr.Textbox, interactive=True, placeholder=hint),
+                fn=partial(gr.Textbox, interactive=True, placeholder=hint, submit_btn=SEND, stop_btn=False),
                 inputs=None, outputs=[page.textbox], queue=False, api_visibility="private", trigger_after=event._id,
                 trigger_only_on_success=outcome == "success", trigger_only_on_failure=outcome == "failure",
             )  # fmt: skip
+
+
+def _offer_stop(page: gr.ChatInterface) -> None:
+    """Gradio offers Stop to a question sent and to Retry; here also to an opener tapped and a question edited."""
+    streaming = [event._id for event in _streaming(page)]
+    for begin in (page.chatbot.option_select, page.chatbot.edit):
+        with page:
+            begin(partial(gr.Textbox, submit_btn=False, stop_btn=STOP), None, [page.textbox], queue=False,
+                  api_visibility="private")  # fmt: skip
+    page.default_config.set_event_trigger(
+        targets=[EventListenerMethod(page.textbox, "stop")],
+        fn=partial(gr.Textbox, interactive=True, placeholder=INVITATION, submit_btn=SEND, stop_btn=False),
+        inputs=None, outputs=[page.textbox], queue=False, api_visibility="private", cancels=streaming,
+    )  # fmt: skip
+
+
+def _streaming(page: gr.ChatInterface) -> list[Any]:
+    return [event for event in page.fns.values() if event.types_generator]
 
 
 def _greet_again(page: gr.ChatInterface) -> None:

@@ -88,6 +88,34 @@ def test_words_grow_while_she_speaks_and_stop_keeps_what_was_said(visit):
     wait_for_words(tab, "再说别的。")
 
 
+@pytest.mark.parametrize("way", ["opener", "edit"])
+def test_stop_is_offered_however_she_was_asked(visit, way):
+    engine = (
+        ScriptedEngine("头一回。", LONG, "再说别的。", pause=0.05)
+        if way == "edit"
+        else ScriptedEngine(LONG, pause=0.05)
+    )
+    tab = visit(engine)
+    if way == "edit":
+        say(tab, "早")
+        wait_for_words(tab, "头一回。")
+        tab.get_by_label("编辑").last.click()
+        tab.locator(".message-wrap textarea").first.fill("讲讲昨夜")
+        tab.get_by_label("发送").click()
+    else:
+        tab.get_by_text(persona.OPENERS[0], exact=True).first.click()
+    wait_for_words(tab, "昨夜落了一场雨")
+    tab.click("button.stop-button:visible")
+    tab.wait_for_selector("button.submit-button:visible")
+    said = words(tab)[-1]
+    assert said and len(said) < len(LONG)
+    tab.wait_for_timeout(1500)
+    assert not engine.running and words(tab)[-1] == said
+    assert tab.is_enabled("textarea:visible") and tab.locator("button.stop-button:visible").count() == 0
+    say(tab, "好")
+    tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 2")
+
+
 def test_the_page_and_a_stranger_at_the_api_take_turns(visit):
     from gradio_client import Client
 
