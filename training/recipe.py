@@ -76,7 +76,7 @@ POCKET = Recipe(
     batch_size=16,
     accumulation=1,
     epochs=2,
-    learning_rate=8e-4,
+    learning_rate=6e-4,
     schedule="cosine",
     warmup=0.05,
 )
