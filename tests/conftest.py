@@ -60,9 +60,10 @@ def tiny_run(tiny_base, tmp_path):
     from training.recipe import TINY
     from training.run import Run
 
-    def make(resume=False, push=None, name="tiny", **fields):
+    def make(resume=False, push=None, name="tiny", private=False, pr=False, **fields):
         recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), **fields)
-        return Run(recipe=recipe, output=tmp_path / name, work=tmp_path / f"{name}-work", resume=resume, push=push)
+        work = tmp_path / f"{name}-work"
+        return Run(recipe=recipe, output=tmp_path / name, work=work, resume=resume, push=push, private=private, pr=pr)
 
     return make
 
@@ -97,6 +98,7 @@ def hub_server(monkeypatch):
     from tests.servers import HubServer
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # this one is on loopback
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # and has the older binary storage, LFS
 
     server = HubServer()
     yield server

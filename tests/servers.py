@@ -77,24 +77,72 @@ class _Files(Quiet):
 
 
 COMMIT = "1" * 40
+LARGE = (".safetensors", ".png")  # what goes through binary storage
+CUT = 0  # a fault that is no status: the connection is closed in the middle
 
 
 class HubServer(Server):
-    """As much of the Hub as we use: create, auth-check, preupload, commit; and what was given back, as a snapshot.
+    """As much of the Hub as we use: create, auth-check, preupload, LFS batch, commit, tag; and the repository given
+    back, as a snapshot.
 
-    It asks for every file as a regular one: the tiny weights need no binary storage.
+    `faults` holds (part of a path, status or CUT, headers); each is used up by the first request it fits.
     """
 
     def __init__(self, may_write=True):
         super().__init__(_Hub)
         self.may_write, self.uploaded, self.tokens = may_write, {}, set()
+        self.known, self.objects, self.tags, self.created, self.faults = None, {}, {}, [], []
+        self.turn = threading.Lock()
+        self.stored = []  # the binaries that were sent, in order
+
+    def fault(self, part, status, times=1, **headers):
+        self.faults += [(part, status, headers)] * times
+
+    def next_fault(self, path):
+        """The first fault ordered for this path, used up: its status and headers."""
+        with self.turn:
+            for i, (part, status, headers) in enumerate(self.faults):
+                if part in path:
+                    del self.faults[i]
+                    return status, headers
+        return None
+
+    def oid(self, path):
+        """What the Hub calls a file's content: sha256 in binary storage, git's blob id else."""
+        body = self.uploaded[path]
+        if path.endswith(LARGE):
+            return hashlib.sha256(body).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 class _Hub(Quiet):
+    def _stumbles(self):
+        """Whether this request was refused or broken off, for its token or as the test ordered."""
+        owner = self.server.owner
+        token = self.headers.get("Authorization")
+        owner.tokens.add(token)
+        if fault := owner.next_fault(self.path):
+            status, headers = fault
+            asked = int(self.headers.get("Content-Length") or 0)
+            self.rfile.read(asked if status != CUT else min(100, asked))
+            if status != CUT:
+                self.answer(status, {"error": f"status {status} as ordered"}, **headers)
+                return True
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return True
+        if owner.known and "/store/" not in self.path and token != f"Bearer {owner.known}":
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.answer(401, {"error": "Invalid username or password."})
+            return True
+        return False
+
     def do_GET(self):
-        self.server.owner.tokens.add(self.headers.get("Authorization"))
+        if self._stumbles():
+            return None
         if "/auth-check" in self.path:
-            return self.answer(200, {}) if self.server.owner.may_write else self.answer(403, {"error": "read only"})
+            may = self.server.owner.may_write or not self.path.endswith("write")
+            return self.answer(200, {}) if may else self.answer(403, {"error": "read only"})
         if "/resolve/" in self.path:
             return self._resolve(self.path.rsplit("/", 1)[1])
         if not self.path.startswith("/api/models/fan/pocket"):
@@ -115,24 +163,54 @@ class _Hub(Quiet):
     do_HEAD = do_GET  # noqa: N815 - the name http.server looks for
 
     def do_POST(self):
+        if self._stumbles():
+            return None
         owner, body = self.server.owner, self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/api/repos/create":
+            owner.created.append(json.loads(body))
             return self.answer(200, {"url": f"{owner.address}/fan/pocket", "name": "fan/pocket"})
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if "/preupload/" in self.path:
-            files = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]
-            return self.answer(200, {"files": modes})
+            return self.answer(200, {"files": [self._mode(file["path"]) for file in json.loads(body)["files"]]})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            return self.answer(200, {"objects": [self._action(each) for each in json.loads(body)["objects"]]})
+        if "/tag/" in self.path:
+            owner.tags[json.loads(body)["tag"]] = self.path.rsplit("/", 1)[1]
+            return self.answer(200, {})
         if "/commit/" in self.path:
             return self._commit(body)
         return self.answer(404, {"error": self.path})
+
+    def _mode(self, path):
+        owner = self.server.owner
+        mode = {"path": path, "uploadMode": "lfs" if path.endswith(LARGE) else "regular", "shouldIgnore": False}
+        return mode | ({"oid": owner.oid(path)} if path in owner.uploaded else {})
+
+    def _action(self, each):
+        owner = self.server.owner
+        if each["oid"] in owner.objects:
+            return each
+        return each | {"actions": {"upload": {"href": f"{owner.address}/store/{each['oid']}"}}}
+
+    def do_PUT(self):
+        if self._stumbles():
+            return None
+        body, oid = self.rfile.read(int(self.headers["Content-Length"])), self.path.rsplit("/", 1)[1]
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.server.owner.objects[oid] = body
+        self.server.owner.stored.append(oid)
+        return self.answer(200)
 
     def _commit(self, body):
         owner = self.server.owner
         for line in body.decode().splitlines():
             entry = json.loads(line)
+            value = entry["value"]
             if entry["key"] == "file":
-                owner.uploaded[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-        done = {"commitUrl": f"{owner.address}/fan/pocket/commit/1", "commitOid": COMMIT, "success": True}
-        self.answer(200, done | {"pullRequestUrl": None})
+                owner.uploaded[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                owner.uploaded[value["path"]] = owner.objects[value["oid"]]
+        asked = f"{owner.address}/fan/pocket/discussions/1" if "create_pr=1" in self.path else None
+        done = {"commitUrl": f"{owner.address}/fan/pocket/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+        self.answer(200, done | {"pullRequestUrl": asked})

@@ -57,3 +57,5 @@ def test_what_is_shipped_was_made_by_the_recipe_that_stands():
     assert (ROOT / "README.md").read_text(encoding="utf-8") == card.ledger(ROOT)
     measured = json.loads((ROOT / "pocket" / METRICS).read_text(encoding="utf-8"))
     assert measured["assistant_phrase_rate"] == {"value": 0.0, "count": 200}
+    assert measured["identity_pass_rate"]["value"] >= 0.9 and len(measured["identity_probes"]) == 20
+    assert measured["heldout_loss"]["value"] <= 0.80 * measured["heldout_loss_base"]["value"]

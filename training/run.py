@@ -33,6 +33,10 @@ class Run:
     """Go on from the last checkpoint, exact to the bit."""
     push: str | None = None
     """USER/NAME on the Hub; the permission to write is checked before training."""
+    private: bool = False
+    """A repository that the push creates is seen by you alone."""
+    pr: bool = False
+    """Push as a pull request on a repository that is there."""
 
 
 def main() -> None:
@@ -67,7 +71,8 @@ def run(job: Run, api: Any = None) -> Adapter:
         from training import hub
 
         api = api or HfApi()
-        hub.require_permission(job.push, api)
+        hub.require_no_secret(work)  # the recipe goes up too: better to hear now that it names a home folder
+        hub.require_permission(job.push, api, job.private, job.pr)
 
     from chat import local
     from training import data, evaluate, proof, trainer
@@ -103,7 +108,7 @@ def run(job: Run, api: Any = None) -> Adapter:
     adapter = _write(model, recipe, metrics, output, located)
     _report(metrics)
     if job.push:
-        log.info("Pushed: %s", hub.push(adapter, job.push, api))
+        log.info("Pushed: %s", hub.push(adapter, job.push, api, job.pr))
     return adapter
 
 
