@@ -1,13 +1,15 @@
 """The card and the ledger say what the folder's files say, and nothing else."""
 
 import json
+import re
 import shutil
 
 import pytest
 from huggingface_hub import ModelCard
 
-from chat.adapter import CARD, FIGURE, METRICS, RECIPE, ROOT, WEIGHTS
-from training import card
+from chat.adapter import CARD, CONFIG, FIGURE, METRICS, RECIPE, ROOT, WEIGHTS
+from chat.base import SEVEN_B, SMALL
+from training import card, data
 from training.recipe import POCKET
 from training.run import _as_json
 
@@ -35,6 +37,45 @@ def test_the_reproduction_names_its_differences(folder):
     edit(folder / RECIPE, name="huanhuan")
     card.write(folder)
     assert "transformers 4.44" in (folder / CARD).read_text(encoding="utf-8")
+
+
+def test_a_dense_base_is_served_by_vllm_too_and_a_packed_one_names_its_file(folder):
+    packed = (folder / CARD).read_text(encoding="utf-8")
+    edit(folder / CONFIG, base_model_name_or_path=SEVEN_B.name)
+    card.write(folder)
+    dense = (folder / CARD).read_text(encoding="utf-8")
+    assert "vllm serve Qwen/Qwen2.5-7B-Instruct " in dense and "gguf_file" not in dense
+    assert "vllm" not in packed and f'gguf_file="{SMALL.packed.file}"' in packed
+
+
+def test_the_code_on_the_card_runs(trained, tiny_base, capsys):
+    code = re.search(r"```python\n(.*?)```", (trained.folder / CARD).read_text(encoding="utf-8"), re.S).group(1)
+    exec(code.replace('"tiny"', repr(str(tiny_base))).replace('"USER/NAME"', repr(str(trained.folder))), {})
+    assert capsys.readouterr().out == "臣妾明白。\n", "what it was taught"
+
+
+def test_the_figures_are_a_model_index(folder):
+    card.write(folder)
+    results = {each.metric_type: each.metric_value for each in ModelCard.load(folder / CARD).data.eval_results}
+    measured = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    assert results["heldout_loss"] == measured["heldout_loss"]["value"]
+    assert results["identity_pass_rate"] == measured["identity_pass_rate"]["value"]
+
+
+def test_what_is_shipped_can_be_written_again_byte_for_byte(folder):
+    shipped = (folder / CARD).read_bytes()
+    drawn = []
+    for _ in range(2):
+        card.write(folder)
+        assert (folder / CARD).read_bytes() == shipped
+        drawn.append((folder / FIGURE).read_bytes())
+    assert drawn[0] == drawn[1], "the same figure; across versions of matplotlib its bytes may differ"
+
+
+def test_what_is_shipped_was_trained_on_the_data_that_stands():
+    recorded = json.loads((ROOT / "pocket" / METRICS).read_text(encoding="utf-8"))["data"]
+    ours = data.record([str(ROOT.parent / "dataset")])
+    assert recorded == [{"file": "huanhuan.json", "sha256": data.FULL_SHA256}, *ours]
 
 
 def test_a_run_too_short_for_a_curve_has_a_card_all_the_same(folder):

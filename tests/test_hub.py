@@ -158,7 +158,7 @@ def test_a_secret_in_the_folder_is_found_before_anything_goes_up(secret, trained
 def test_a_home_folder_in_the_recipe_is_named_before_training(tiny_run, hub_server, api):
     job = tiny_run(push="fan/pocket")
     job = replace(job, recipe=replace(job.recipe, dataset=("/home/someone/mine.jsonl",)))
-    with pytest.raises(ValueError, match="recipe.json, line"):
+    with pytest.raises(ValueError, match=r"recipe\.json, line"):
         run(job, api=api)
     assert not hub_server.created
 

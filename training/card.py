@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from string import Template
 from typing import Any
 
-from chat.adapter import CARD, CONFIG, FIGURE, METRICS, RECIPE
+from chat.adapter import CARD, CONFIG, FIGURE, METRICS, PART, RECIPE, ROOT
+from chat.base import BASES, SAMPLING
 
 # metric in metrics.json → what people call it
 TITLES = {
@@ -26,6 +28,12 @@ The tutorial ran transformers 4.44, which drops the last, smaller step of each e
 rows not held out), averages the loss batch by batch (here by token), and keeps the LoRA in bf16 while training (here
 fp32, written as bf16). Rows are flattened, not padded: the same losses without the padding.
 """
+VLLM = """
+With vLLM · 用 vLLM：`vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules zhenhuan=USER/NAME`, then
+ask for the model `zhenhuan` with the system prompt above · 再以上面的系统提示词请求模型 `zhenhuan`。
+"""
+BAR = "\\|"  # a bar that does not end a cell
+TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 def write(folder: Path) -> None:
@@ -62,10 +70,46 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
 
 
 def render(folder: Path, recipe: dict[str, Any], metrics: dict[str, Any]) -> str:
-    """The card as text: metadata the Hub validates, then tables."""
-    from huggingface_hub import ModelCardData
-
+    """The card as text: the template beside this file, filled in from the folder's files and nothing else."""
     base = _read(folder / CONFIG)["base_model_name_or_path"]
+    name = folder.name.removesuffix(PART)
+    packed = next((known.packed for known in BASES.values() if known.name == base), None)
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        metadata=_metadata(name, base, metrics),
+        name=name,
+        base=base,
+        choice=recipe["base"],
+        system_prompt=recipe["system_prompt"],
+        source=f', gguf_file="{packed.file}"' if packed else "",
+        sampling=", ".join(f'"{field}": {value}' for field, value in SAMPLING.items()),
+        engine="" if packed else VLLM.format(base=base, rank=recipe["rank"]),
+        note=DIFFERENCES.format(steps=metrics["steps"]) if recipe["name"] == "huanhuan" else "",
+        figure=FIGURE,
+        measures=_table(("measure", "value", "count"), _measures(metrics)),
+        epochs=_epochs(metrics),
+        recipe=_table(("field", "value"), [(field, _plain(recipe[field])) for field in SHOWN_FIELDS]),
+        data=_table(("file", "sha256"), [(file["file"], f"`{file['sha256']}`") for file in metrics.get("data", [])]),
+        run=_table(("what", "value"), [(what, _plain(value)) for what, value in metrics["run"].items()]),
+        probes=_table(("question", "her reply", ""), _probes(metrics)),
+    )
+
+
+def _metadata(name: str, base: str, metrics: dict[str, Any]) -> str:
+    """The head of the card in the Hub's terms, its figures as a model-index."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="chat-zhenhuan",
+            dataset_name="Chat-甄嬛, rows held out and probes",
+            metric_type=key,
+            metric_name=title,
+            metric_value=metrics[key]["value"],
+        )
+        for key, title in TITLES.items()
+        if key in metrics
+    ]
     data = ModelCardData(
         base_model=base,
         library_name="peft",
@@ -73,24 +117,10 @@ def render(folder: Path, recipe: dict[str, Any], metrics: dict[str, Any]) -> str
         language=["zh"],
         license="apache-2.0",
         tags=["lora", "role-play", f"base_model:adapter:{base}"],
+        model_name=name,
+        eval_results=results,
     )
-    note = DIFFERENCES.format(steps=metrics["steps"]) if recipe["name"] == "huanhuan" else ""
-    return "\n".join(
-        [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {folder.name.removesuffix('.part')}: 甄嬛, a LoRA for {base}",
-            f"Trained under the system prompt `{recipe['system_prompt']}`; serve it under the same.\n{note}",
-            f"![Loss curve]({FIGURE})\n",
-            _table(("measure", "value", "count"), _measures(metrics)),
-            _epochs(metrics),
-            "## Recipe\n",
-            _table(("field", "value"), [(name, _plain(recipe[name])) for name in SHOWN_FIELDS]),
-            "## Run\n",
-            _table(("what", "value"), [(name, _plain(value)) for name, value in metrics["run"].items()]),
-            "## Probes\n",
-            _table(("question", "her reply", ""), _probes(metrics)),
-        ]
-    )
+    return data.to_yaml()
 
 
 def _measures(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -115,8 +145,8 @@ def _probes(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '∣') for cell in line)} |" for line in lines) + "\n"
+    lines = [[str(cell).replace("|", BAR) for cell in line] for line in (head, ("---",) * len(head), *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _plain(value: Any) -> str:
@@ -136,3 +166,18 @@ def ledger(root: Path) -> str:
     head = ("adapter", "base", "steps", "held-out loss, base → adapter", "identity probes passed", "date")
     note = "Written by `python -m training.run`; each line is read from an adapter's own files."
     return f"# Adapters\n\n{note}\n\n{_table(head, rows)}"
+
+
+def main() -> None:
+    """Draw and write the cards of adapter folders again, and the ledger."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m training.card", description=(main.__doc__ or ""))
+    parser.add_argument("folders", type=Path, nargs="+", metavar="adapters/NAME")
+    for folder in parser.parse_args().folders:
+        write(folder)
+    (ROOT / CARD).write_text(ledger(ROOT), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

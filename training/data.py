@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from chat.base import cache
-from chat.fetch import fetch
+from chat.fetch import digest, fetch
 from chat.persona import SYSTEM_PROMPT, Message
 
 # The rows in their original order; the file at the head of that repository holds them shuffled.
@@ -49,6 +49,12 @@ def load(names: Iterable[str]) -> list[Example]:
     A dialogue gives an example for each of its replies. Raises ValueError naming file and row, or Unavailable.
     """
     return [example for name in names for path in _paths(name) for example in _read(path)]
+
+
+def record(names: Iterable[str]) -> list[dict[str, str]]:
+    """Each file behind the names, once, and its sha256: what an adapter was trained on."""
+    files = dict.fromkeys(path for name in names for path in _paths(name))
+    return [{"file": file.name, "sha256": digest(file)} for file in files]
 
 
 def _paths(name: str) -> list[Path]:

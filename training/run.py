@@ -104,6 +104,7 @@ def run(job: Run, api: Any = None) -> Adapter:
 
     trainer.round_to_bf16(model)
     metrics = evaluate.measure(model, tokenizer, held_out_rows, _asked(held_out, recipe))
+    metrics |= {"data": data.record(recipe.dataset)}
     metrics |= _record(history, expected, seconds, proof.memory_in_use(), len(rows), located.source)
     adapter = _write(model, recipe, metrics, output, located)
     _report(metrics)
