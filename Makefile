@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check smoke parity e2e train setup clean
+.PHONY: demo test check smoke parity e2e train space setup clean
 
 demo: $(VENV)/serve.stamp  ## set up and open the page
 	$(BIN)/python app.py
@@ -29,6 +29,9 @@ e2e: $(VENV)/develop.stamp  ## a real browser; needs Debian's chromium and fonts
 
 train: $(VENV)/develop.stamp  ## the pocket recipe; RECIPE=huanhuan for the 7B
 	$(BIN)/python -m training.run $(or $(RECIPE),pocket)
+
+space: $(VENV)/develop.stamp  ## the page as a Space: SPACE=USER/NAME, and DRY_RUN=1 to see it first
+	$(BIN)/python -m training.space $(or $(SPACE),$(error Name it: make space SPACE=USER/NAME)) $(if $(DRY_RUN),--dry-run) $(FLAGS)
 
 setup: $(VENV)/develop.stamp  ## everything, for developers
 

@@ -92,6 +92,7 @@ class HubServer(Server):
         super().__init__(_Hub)
         self.may_write, self.uploaded, self.tokens = may_write, {}, set()
         self.known, self.objects, self.tags, self.created, self.faults = None, {}, {}, [], []
+        self.settings, self.runtimes, self.host = [], [], None  # a Space's: what was set, its states, its page
         self.turn = threading.Lock()
         self.stored = []  # the binaries that were sent, in order
 
@@ -145,7 +146,10 @@ class _Hub(Quiet):
             return self.answer(200, {}) if may else self.answer(403, {"error": "read only"})
         if "/resolve/" in self.path:
             return self._resolve(self.path.rsplit("/", 1)[1])
-        if not self.path.startswith("/api/models/fan/pocket"):
+        if self.path.endswith("/runtime"):
+            states = self.server.owner.runtimes
+            return self.answer(200, states.pop(0) if len(states) > 1 else states[0])
+        if not self.path.startswith(("/api/models/fan/pocket", "/api/spaces/fan/page")):
             return self.answer(404, {"error": "none"}, X_Error_Code="RepoNotFound", X_Error_Message="none")
         held = self.server.owner.uploaded
         if "/tree/" in self.path:
@@ -153,7 +157,8 @@ class _Hub(Quiet):
                 200, [{"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in held.items()]
             )
         files = [{"rfilename": name} for name in held]
-        return self.answer(200, {"id": "fan/pocket", "sha": COMMIT, "siblings": files, "private": False})
+        found = {"id": self.path.split("/", 3)[3], "sha": COMMIT, "siblings": files, "private": False}
+        return self.answer(200, found | {"host": self.server.owner.host})
 
     def _resolve(self, name):
         body = self.server.owner.uploaded[name]
@@ -175,6 +180,9 @@ class _Hub(Quiet):
             return self.answer(200, {"files": [self._mode(file["path"]) for file in json.loads(body)["files"]]})
         if self.path.endswith("/info/lfs/objects/batch"):
             return self.answer(200, {"objects": [self._action(each) for each in json.loads(body)["objects"]]})
+        if self.path.endswith(("/secrets", "/variables", "/hardware")):
+            owner.settings.append((self.path.rsplit("/", 1)[1], json.loads(body)))
+            return self.answer(200, {"stage": "BUILDING"} if self.path.endswith("hardware") else {})
         if "/tag/" in self.path:
             owner.tags[json.loads(body)["tag"]] = self.path.rsplit("/", 1)[1]
             return self.answer(200, {})
@@ -211,6 +219,8 @@ class _Hub(Quiet):
                 owner.uploaded[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 owner.uploaded[value["path"]] = owner.objects[value["oid"]]
+            elif entry["key"] == "deletedFile":
+                del owner.uploaded[value["path"]]
         asked = f"{owner.address}/fan/pocket/discussions/1" if "create_pr=1" in self.path else None
         done = {"commitUrl": f"{owner.address}/fan/pocket/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
         self.answer(200, done | {"pullRequestUrl": asked})

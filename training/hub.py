@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chat.adapter import FILES, RECIPE, WEIGHTS, Adapter
 from chat.base import locate
@@ -22,34 +22,36 @@ SECRETS = re.compile(
     r"|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|(?:/home|/Users|/root|C:\\Users)[/\\][\w.-]+"
 )
 
+BINARY = (".safetensors", ".png")
 
-def require_permission(repo: str, api: "HfApi", private: bool = False, pr: bool = False) -> None:
+
+def require_permission(repo: str, api: "HfApi", pr: bool = False, repo_type: str = "model", **creation: Any) -> None:
     """Make sure, before a run spends its hours, that the repository exists and may be written.
 
-    A pull request needs a repository that is there and can be read; else it is created, if it is missing. The token
-    is the one `hf auth login` or HF_TOKEN gives to huggingface_hub; it passes through no variable of ours. Raises
-    PermissionError.
+    A pull request needs a repository that is there and can be read; else it is created, if it is missing, with what
+    `creation` says. The token is the one `hf auth login` or HF_TOKEN gives to huggingface_hub; it passes through no
+    variable of ours. Raises PermissionError.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
         if not pr:
-            api.create_repo(repo, exist_ok=True, private=private)
-        api.auth_check(repo, write=not pr)
+            api.create_repo(repo, repo_type=repo_type, exist_ok=True, **creation)
+        api.auth_check(repo, repo_type=repo_type, write=not pr)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise PermissionError(
-            f"{repo} cannot be written ({_first_line(error)}). Log in with `hf auth login` and a token that may write, "
+            f"{repo} cannot be written ({reason(error)}). Log in with `hf auth login` and a token that may write, "
             "and check the name."
         ) from error
 
 
-def require_no_secret(folder: Path) -> None:
-    """Refuse a folder whose texts hold a token, a key or somebody's home path. Raises ValueError naming file and line.
+def require_no_secret(*paths: Path) -> None:
+    """Refuse texts that hold a token, a key or somebody's home path. Raises ValueError naming file and line.
 
     The find itself is not repeated: the message may end in a log.
     """
-    for path in sorted(folder / name for name in FILES if name.endswith((".md", ".json"))):
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for path in paths:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.suffix not in BINARY and path.exists() else []
         for number, line in enumerate(lines, start=1):
             if SECRETS.search(line):
                 raise ValueError(
@@ -67,7 +69,7 @@ def push(adapter: Adapter, repo: str, api: "HfApi", pr: bool = False) -> str:
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
-    require_no_secret(adapter.folder)
+    require_no_secret(*(adapter.folder / name for name in FILES))
     try:
         done = api.upload_folder(
             repo_id=repo,
@@ -80,7 +82,7 @@ def push(adapter: Adapter, repo: str, api: "HfApi", pr: bool = False) -> str:
             api.create_tag(repo, tag=tag(adapter), revision=done.oid, exist_ok=True)
     except (HfHubHTTPError, httpx2.HTTPError, RuntimeError) as error:
         raise ConnectionError(
-            f"{repo} did not take the whole of {adapter.name} ({_first_line(error)}). Nothing is lost: "
+            f"{repo} did not take the whole of {adapter.name} ({reason(error)}). Nothing is lost: "
             f"{adapter.folder} is whole, and `python -m training.hub {adapter.folder} {repo}` goes on from here."
         ) from error
     return (pr and done.pr_url) or done.commit_url
@@ -91,8 +93,8 @@ def tag(adapter: Adapter) -> str:
     return f"{adapter.name}-{digest(adapter.folder / WEIGHTS)[:8]}"
 
 
-def _first_line(error: BaseException) -> str:
-    """The reason, from the deepest cause: the client wraps what the server said."""
+def reason(error: BaseException) -> str:
+    """What went wrong in a line, from the deepest cause: the client wraps what the server said."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().split("\n")[0] or type(error).__name__
@@ -112,7 +114,7 @@ def main() -> None:
     chosen = parser.parse_args()
     try:
         adapter = _open(chosen.folder)
-        require_permission(chosen.repo, HfApi(), chosen.private, chosen.pr)
+        require_permission(chosen.repo, HfApi(), chosen.pr, private=chosen.private)
         print(push(adapter, chosen.repo, HfApi(), chosen.pr))
     except (ValueError, OSError) as error:
         sys.exit(str(error))

@@ -71,8 +71,8 @@ def run(job: Run, api: Any = None) -> Adapter:
         from training import hub
 
         api = api or HfApi()
-        hub.require_no_secret(work)  # the recipe goes up too: better to hear now that it names a home folder
-        hub.require_permission(job.push, api, job.private, job.pr)
+        hub.require_no_secret(work / RECIPE)  # the recipe goes up too: better to hear now that it names a home folder
+        hub.require_permission(job.push, api, job.pr, private=job.private)
 
     from chat import local
     from training import data, evaluate, proof, trainer
