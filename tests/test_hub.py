@@ -228,6 +228,15 @@ def test_a_setting_that_cannot_be_served_is_a_sentence_and_the_rest_is_served(
     assert len(refused) == 1 and "\n" not in refused[0] and refused[0].endswith(".")
 
 
+def test_a_private_adapter_needs_the_token(published, located, tmp_path, monkeypatch):
+    published.known = TOKEN
+    monkeypatch.setenv("ADAPTERS", "fan/pocket")
+    assert "cannot be had" in find(located, tmp_path)[1][0]
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    opened, refused = find(located, tmp_path)
+    assert [adapter.name for adapter in opened] == ["pocket"] and not refused
+
+
 def test_a_foreign_adapter_from_the_hub_is_refused(published, located, tmp_path, monkeypatch):
     config = json.loads(published.uploaded[CONFIG])
     published.uploaded[CONFIG] = json.dumps({**config, "base_model_name_or_path": "other/base"}).encode()

@@ -1,0 +1,65 @@
+"""What the documents tell people to type exists: each make target, each module, each flag."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from tests.conftest import ROOT
+from training.recipe import HUANHUAN
+
+DOCUMENTS = ("README.md", "README_zh.md", "CONTRIBUTING.md", "dataset/README.md", "benchmarks/README.md")
+OTHERS = {"apt", "hf", "jupyter", "pip"}  # programs that are not ours to test
+
+
+def commands(document):
+    """Every command of a document: lines of its bash blocks, and what stands in backticks and begins like one."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines += re.findall(r"`((?:make |python |\.venv/bin/)[^`]+)`", text)
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@cache
+def help_of(*program):
+    asked = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert asked.returncode == 0, asked.stderr
+    return asked.stdout
+
+
+def check_python(arguments):
+    program = arguments[:2] if arguments[0] == "-m" else arguments[:1]
+    rest = arguments[len(program) :]
+    if program == ["-m", "training.run"] and rest:
+        program.append(HUANHUAN.name if rest[0].startswith("-") else rest[0])
+    said = help_of(*program)
+    for flag in (word for word in rest if word.startswith("--")):
+        assert flag in said, f"{' '.join(program)} knows no {flag}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_of_a_document_can_be_typed(document):
+    for words in commands(document):
+        program, *arguments = words
+        if program == "make":
+            subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+        elif program in ("python", ".venv/bin/python") and arguments[:2] != ["-m", "venv"]:
+            check_python(arguments)
+        else:
+            assert program.split("/")[-1] in OTHERS | {"python", "sudo"}, words
+
+
+def test_a_command_that_does_not_exist_is_noticed():
+    with pytest.raises(AssertionError, match="knows no --nonsense"):
+        check_python(["-m", "training.hub", "adapters/pocket", "me/x", "--nonsense"])
+
+
+def test_both_readmes_tell_the_same_commands():
+    def told(document):
+        """Program, module and flags; the names people put in differ by language."""
+        return sorted([*words[:1], *(word for word in words[1:] if word[0] == "-")] for words in commands(document))
+
+    assert told("README.md") == told("README_zh.md")
