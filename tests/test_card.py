@@ -7,9 +7,9 @@ import shutil
 import pytest
 from huggingface_hub import ModelCard
 
-from chat.adapter import CARD, CONFIG, FIGURE, METRICS, RECIPE, ROOT, WEIGHTS
+from chat.adapter import CARD, CONFIG, FIGURE, MARKERS, METRICS, RADAR, RECIPE, REPORT, ROOT, WEIGHTS
 from chat.base import SEVEN_B, SMALL
-from training import card, data
+from training import card, data, plots, report
 from training.recipe import POCKET
 from training.run import _as_json
 
@@ -31,6 +31,67 @@ def test_the_card_follows_its_files(folder):
     assert "| replies she ended herself | 0.123 | 77 |" in text
     assert ModelCard(text).data.base_model == "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF"
     assert (folder / FIGURE).read_bytes().startswith(b"\x89PNG")
+
+
+PROBED = {"question": "谁？", "reply": "我|是`甄嬛`", "passed": True, "fault": ""}
+PROBED |= {"base_reply": "<b>喵", "base_fault": "喵"}
+MEASURED = {
+    "identity_probes": [PROBED],
+    "canon_probes": [{**PROBED, "passed": False, "fault": "not the fact"}],
+    "attacks": [{**PROBED, "kind": "swap"}],
+    "long_chats": [{"scene": "甘露寺", "visitor": "果郡王", "fault": "", "base_fault": "an empty reply"}],
+    "long_chat": [{"line": "山里起雾了。", "reply": "添衣罢。\n坐。", "base_reply": ""}],
+    "evaluation": {"seed": 7, "reply_tokens": 99},
+    "markers": {side: {"本宫": rate, "我": 0.5} for side, rate in (("base", 0.1), ("adapter", 0.4), ("her own", 0.3))},
+    **{name: {"value": 0.75, "count": 40, "low": 0.6, "high": 0.9} for name in plots.AXES},
+    **{f"{name}_base": {"value": 0.25, "count": 40} for name in plots.AXES},
+}
+
+
+def test_the_report_shows_both_replies_verdicts_and_seeds_as_they_were_said():
+    text = report.render("pocket", MEASURED)
+    said = f"我\\|是{chr(92)}`甄嬛{chr(92)}`"
+    assert f"| 1 | 谁？ | ✓ | {said} | ✗ 喵 | &lt;b&gt;喵 |" in text
+    assert f"| 1 | 谁？ | ✗ not the fact | {said} | ✗ 喵 | &lt;b&gt;喵 |" in text
+    assert f"| 1 | swap | 谁？ | ✓ | {said} |" in text
+    assert "Of 1: adapter 1, base 0." in text and "Of 1: adapter 0, base 0." in text
+    assert "| 1 | 甘露寺 | 果郡王 | ✓ | ✗ an empty reply |" in text
+    assert "| 1 | 山里起雾了。 | 添衣罢。 坐。 |  |" in text
+    assert "seed 7" in text and "99 tokens" in text and "seeds 7 to 7" in text
+
+
+def test_an_adapter_measured_before_the_report_has_one_of_what_it_has(folder):
+    old = {name: value for name, value in json.loads((folder / METRICS).read_text(encoding="utf-8")).items()
+           if not re.search("canon|attack|chat|_base$|markers|evaluation|script|ours|swap|neutral", name)}  # fmt: skip
+    old["identity_probes"] = [{"question": "谁？", "reply": "甄嬛。", "passed": False}]
+    old["heldout_loss_base"] = old["heldout_loss"]
+    (folder / METRICS).write_text(json.dumps(old), encoding="utf-8")
+    card.write(folder)
+    assert "| 1 | 谁？ | ✗ not the fact | 甄嬛。 |" in (folder / REPORT).read_text(encoding="utf-8")
+    text = (folder / CARD).read_text(encoding="utf-8")
+    assert RADAR not in text and MARKERS not in text and "| — | — | — |" in card.ledger(folder.parent)
+
+
+def test_base_and_intervals_stand_beside_the_adapters_figures(folder):
+    edit(folder / METRICS, **MEASURED)
+    card.write(folder)
+    text = (folder / CARD).read_text(encoding="utf-8")
+    assert "| attacks withstood | 0.75 | 40 | 0.6 to 0.9 | 0.25 |" in text
+    assert f"]({RADAR})" in text and f"]({MARKERS})" in text and f"]({REPORT})" in text
+    assert "| 0.75 | 0.75 | 0.75 | 0.75 |" in card.ledger(folder.parent)
+
+
+def test_the_figures_follow_the_numbers(tmp_path):
+    def drawn(draw, metrics):
+        draw(metrics, tmp_path / "one.png")
+        return (tmp_path / "one.png").read_bytes()
+
+    for draw, changed in (
+        (plots.radar, {"attack_pass_rate": {"value": 0.1, "count": 40}}),
+        (plots.markers, {"markers": {**MEASURED["markers"], "base": {"本宫": 0.9, "我": 0.5}}}),
+    ):
+        assert drawn(draw, MEASURED) != drawn(draw, MEASURED | changed)
+        assert drawn(draw, {}).startswith(b"\x89PNG"), "nothing measured, an empty figure"
 
 
 def test_the_reproduction_names_its_differences(folder):

@@ -1,14 +1,22 @@
 """The numbers of an evaluation, against a plain computation."""
 
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+
 import pytest
 import torch
 
+from chat.adapter import CARD, FILES, MARKERS, METRICS, RADAR, RECIPE, REPORT
 from chat.engine import Sampling
 from chat.local import load_base
 from tests.conftest import TAUGHT
 from training import evaluate
-from training.data import load
-from training.evaluate import PROBES, Probe, distinct_2, heldout_loss, replies, style
+from training.data import FULL_FILE, Example, load
+from training.evaluate import heldout_loss, replies, row_losses, swap_margin, swaps
+from training.probes import NEUTRAL
+from training.recipe import TINY
 from training.tokens import IGNORED, encode
 
 
@@ -44,32 +52,126 @@ def test_a_batch_of_replies_equals_each_alone(trained, located, tokenizer):
     assert said[0] == ("臣妾明白。", True)
 
 
-@pytest.mark.parametrize(
-    ("reply", "passes"), [("我叫甄嬛。", True), ("臣妾叫苏公公", False), ("我是甄嬛，也是通义千问", False), ("", False)]
-)
-def test_a_probe_wants_the_fact_and_no_assistant(reply, passes):
-    assert Probe("你叫什么？", "甄嬛").passes(reply) is passes
+@pytest.fixture
+def folder(trained, tmp_path):
+    """The tiny adapter in a folder of its own, for evaluate writes."""
+    return shutil.copytree(trained.folder, tmp_path / "adapters" / "tiny")
 
 
-@pytest.mark.parametrize(
-    ("reply", "passes"),
-    [("我是人工智能，也是甄嬛。", False), ("哪里是人工智能，我是甄嬛。", True), ("我不是人工智能。", True)],
-)
-def test_she_may_deny_being_a_machine_but_not_claim_it(reply, passes):
-    assert PROBES[-1].passes(reply) is passes
+def test_the_loss_of_a_row_is_its_own_in_any_company(model, tokenizer):
+    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])]
+    together, alone = row_losses(model, rows, 8), [row_losses(model, [row])[0] for row in rows]
+    assert len(together) == 8
+    for one, other in zip(together, alone, strict=True):
+        assert (one.text, one.terminator) == pytest.approx((other.text, other.terminator), rel=1e-4)
+        assert (one.tokens, one.rows) == (other.tokens, 1)
 
 
-def test_there_are_twenty_probes_and_neither_small_talk_nor_the_assistant_passes():
-    assert len({probe.question for probe in PROBES}) == 20
-    assert not any(probe.passes("今日天气晴好，去御花园走走罢。") for probe in PROBES)
-    assert not any(probe.passes("我是通义千问，阿里云开发的语言模型，很高兴为您服务。") for probe in PROBES)
+def script(*pairs):
+    """Held-out rows as if of the script: what is said to her, and her reply."""
+    return [
+        Example(({"role": "user", "content": question},), answer, FULL_FILE.name, row)
+        for row, (question, answer) in enumerate(pairs, start=1)
+    ]
 
 
-def test_style_counts_endings_pairs_and_slips():
-    numbers = style([("好好好", True), ("作为一个AI，好", False)])
-    assert numbers["stop_rate"] == {"value": 0.5, "count": 2}
-    assert numbers["assistant_phrase_rate"] == {"value": 0.5, "count": 2}
-    assert distinct_2(["好好好"]) == (0.5, 2)
+def test_her_reply_is_swapped_for_a_line_said_to_her_of_like_length():
+    rows = script(("一", "甲乙丙丁"), ("四个字的", "甲"), ("这一句是七个字", "甲"))
+    ours = replace(rows[0], source="heart.jsonl")
+    pairs = swaps([*rows, ours])
+    assert [hers for hers, _ in pairs] == rows, "our own rows are not swapped"
+    assert [other.answer for _, other in pairs] == ["四个字的", "一", "一"]
+    assert all(other.turns == hers.turns for hers, other in pairs)
+    assert not swaps(script(("你好", "来了"))), "nobody else has spoken"
+
+
+def test_the_swap_margin_is_the_others_loss_less_hers(trained, located, tokenizer):
+    from peft import PeftModel
+
+    worn = PeftModel.from_pretrained(load_base(located), trained.folder)
+    pairs = swaps([replace(example, source=FULL_FILE.name) for example in load([str(TAUGHT)])])
+    margin = swap_margin(worn, tokenizer, pairs, TINY)["swap_margin"]
+    losses = [[heldout_loss(worn, [encode(tokenizer, e, 384, "<|im_end|>")]).per_token for e in pair] for pair in pairs]
+    assert margin["value"] == pytest.approx(sum(other - hers for hers, other in losses) / 8, abs=1e-3)
+    assert margin["count"] == 8 and margin["low"] < margin["value"] < margin["high"]
+    with worn.disable_adapter():
+        assert swap_margin(worn, tokenizer, pairs, TINY)["swap_margin"]["value"] < margin["value"] / 2
+
+
+def test_forgetting_is_what_the_adapter_adds_to_the_loss_of_plain_text(trained, located, tokenizer):
+    from peft import PeftModel
+
+    worn = PeftModel.from_pretrained(load_base(located), trained.folder)
+    numbers = evaluate.forgetting(worn, tokenizer)
+    ids = torch.tensor([tokenizer(NEUTRAL[0])["input_ids"]])
+    with worn.disable_adapter(), torch.inference_mode():
+        plain = torch.nn.functional.cross_entropy(worn(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+    tokens = sum(len(tokenizer(sentence)["input_ids"]) - 1 for sentence in NEUTRAL)
+    assert numbers["neutral_loss_base"]["count"] == tokens
+    first = evaluate.row_losses(load_base(located), [evaluate.neutral(tokenizer)[0]])[0]
+    assert first.text == pytest.approx(plain, rel=1e-4)
+    rise = numbers["neutral_loss"]["value"] - numbers["neutral_loss_base"]["value"]
+    assert numbers["forgetting"]["value"] == pytest.approx(rise, abs=2e-4) and abs(rise) > 0.01
+
+
+def test_the_script_and_our_own_rows_are_told_apart(model, tokenizer):
+    examples = load([str(TAUGHT)])
+    examples = [replace(e, source=FULL_FILE.name) for e in examples[:3]] + examples[3:]
+    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in examples]
+    numbers = evaluate.heldout(model, rows, examples)
+    assert numbers["heldout_loss_script"]["value"] == round(heldout_loss(model, rows[:3]).per_token, 4)
+    assert numbers["heldout_loss_ours"]["value"] == round(heldout_loss(model, rows[3:]).per_token, 4)
+    assert numbers["heldout_loss"]["low"] < numbers["heldout_loss"]["value"] < numbers["heldout_loss"]["high"]
+    assert "heldout_loss_script" not in evaluate.heldout(model, rows[3:], examples[3:])
+
+
+def test_a_long_chat_hears_itself_its_scene_and_its_visitor(monkeypatch):
+    heard = []
+
+    def scripted(model, tokenizer, asked, sampling):
+        heard.append((sampling.seed, [[turn["content"] for turn in turns] for turns in asked]))
+        yield from ((f"答{len(heard)}·{n}", True) for n in range(len(asked)))
+
+    monkeypatch.setattr(evaluate, "replies", scripted)
+    first, second = scripts = [replace(chat, lines=chat.lines[:2]) for chat in evaluate.CHATS[:2]]
+    assert second.visitor != first.visitor
+    assert evaluate.talk(None, None, scripts, Sampling()) == [["答1·0", "答2·0"], ["答1·1", "答2·1"]]
+    cue = f"（{first.scene}·{first.visitor}）"
+    assert heard[1][1][0] == [cue + first.lines[0], "答1·0", cue + first.lines[1]]
+    assert heard[1][1][1][1] == "答1·1", "each chat keeps its own replies"
+    assert heard[1][0] == heard[0][0] + 1, "another turn, another seed"
+
+
+def test_base_and_adapter_are_asked_the_same_with_the_same_seeds(monkeypatch):
+    class Switch:
+        """A model that says whether it wears its adapter."""
+
+        worn = True
+
+        @contextmanager
+        def disable_adapter(self):
+            self.worn = False
+            yield
+            self.worn = True
+
+    asked = {True: [], False: []}
+
+    def scripted(model, tokenizer, questions, sampling):
+        asked[model.worn].append(([[t["content"] for t in q][-1] for q in questions], sampling))
+        yield from (("我是甄嬛。" if model.worn else "我是通义千问。", True) for _ in questions)
+
+    monkeypatch.setattr(evaluate, "replies", scripted)
+    monkeypatch.setattr(evaluate, "forgetting", lambda model, tokenizer: {})
+    metrics = evaluate.measure(Switch(), None, TINY, [], [])
+    assert asked[True] == asked[False] and len(asked[True]) == 3 + 10 + 1
+    assert metrics["attack_pass_rate"]["value"] > 0.9 and metrics["attack_pass_rate_base"]["value"] == 0
+    assert metrics["sign_test_p"]["value"] < 0.001 and "forgetting" not in metrics
+    assert (
+        metrics["attacks"][0] | {"reply": "我是甄嬛。", "base_reply": "我是通义千问。", "passed": True}
+        == metrics["attacks"][0]
+    )
+    assert metrics["long_chats"][0]["fault"] == "the same reply twice"
+    assert [turn["reply"] for turn in metrics["long_chat"]] == ["我是甄嬛。"] * 10
 
 
 def test_a_folder_that_is_no_adapter_is_a_sentence(tmp_path, monkeypatch):
@@ -78,7 +180,32 @@ def test_a_folder_that_is_no_adapter_is_a_sentence(tmp_path, monkeypatch):
         evaluate.main()
 
 
-def test_an_adapter_is_evaluated_again_alone(trained, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["evaluate", str(trained.folder)])
+def test_an_adapter_is_evaluated_again_alone(folder, capsys, monkeypatch):
+    recorded = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    for name in (REPORT, RADAR, MARKERS):
+        (folder / name).unlink()
+    monkeypatch.setattr(evaluate, "ROOT", folder.parent)
+    monkeypatch.setattr("sys.argv", ["evaluate", str(folder)])
     evaluate.main()
-    assert '"identity_pass_rate"' in capsys.readouterr().out
+    printed = json.loads(capsys.readouterr().out)["tiny"]
+    written = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    assert printed["identity_pass_rate"] == written["identity_pass_rate"]
+    assert all(written[name] == recorded[name] for name in ("run", "loss_curve", "data", "steps"))
+    assert {path.name for path in folder.iterdir()} == set(FILES)
+    assert str(written["attack_pass_rate"]["value"]) in (folder / CARD).read_text(encoding="utf-8")
+    assert "[tiny]" in (folder.parent / CARD).read_text(encoding="utf-8")
+
+
+def test_rows_that_may_have_been_learned_are_not_called_held_out(folder, caplog):
+    from training.run import reopen
+
+    recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    (folder / RECIPE).write_text(json.dumps({**recipe, "held_out": 4}), encoding="utf-8")
+    assert len(reopen(folder, None)[4]) == 4
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    metrics["data"][0]["sha256"] = "another"
+    (folder / METRICS).write_text(json.dumps(metrics), encoding="utf-8")
+    assert reopen(folder, None)[4] == [] and "other data" in caplog.text
+    (folder / METRICS).unlink()
+    with pytest.raises(ValueError, match=r"no metrics\.json"):
+        reopen(folder, None)

@@ -5,20 +5,35 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from chat.adapter import CARD, CONFIG, FIGURE, METRICS, PART, RECIPE, ROOT
+from chat.adapter import CARD, CONFIG, FIGURE, MARKERS, METRICS, PART, RADAR, RECIPE, REPORT, ROOT
 from chat.base import BASES, SAMPLING
+from training import plots, report
+from training.report import quoted, table
 
-# metric in metrics.json → what people call it
+# metric in metrics.json → what people call it; with `_base` at its end it is the base's
 TITLES = {
-    "heldout_loss_base": "held-out loss per text token, base",
-    "heldout_loss": "held-out loss per text token, adapter",
-    "heldout_terminator_base": "held-out loss of the terminator, base",
-    "heldout_terminator": "held-out loss of the terminator, adapter",
+    "heldout_loss": "held-out loss per text token",
+    "heldout_loss_script": "held-out loss, rows of the script",
+    "heldout_loss_ours": "held-out loss, rows of our own",
+    "heldout_terminator": "held-out loss of the terminator",
+    "swap_margin": "swap margin, nats per token",
     "identity_pass_rate": "identity probes passed",
+    "canon_pass_rate": "canon probes passed",
+    "attack_pass_rate": "attacks withstood",
+    "long_chat_pass_rate": "long chats in which the voice is kept",
+    "sign_test_p": "sign test over probes and attacks, p",
     "stop_rate": "replies she ended herself",
+    "chrf": "chrF against the replies held out",
+    "length_ratio": "length of the replies, to those held out",
+    "distinct_1": "distinct-1 of the replies, by character",
     "distinct_2": "distinct-2 of the replies, by character",
+    "copy_rate": "replies that stand in the training data",
     "assistant_phrase_rate": "replies with an assistant's phrase",
+    "neutral_loss": "loss of neutral text per token",
+    "forgetting": "forgetting: rise of that loss",
 }
+BASE = "_base"
+LEDGER = ("identity_pass_rate", "canon_pass_rate", "attack_pass_rate", "long_chat_pass_rate")
 SHOWN_FIELDS = (
     "dataset", "max_length", "terminator", "held_out", "rank", "alpha", "dropout", "layers", "epochs", "batch_size",
     "accumulation", "learning_rate", "schedule", "warmup", "seed",
@@ -32,14 +47,15 @@ VLLM = """
 With vLLM · 用 vLLM：`vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules zhenhuan=USER/NAME`, then
 ask for the model `zhenhuan` with the system prompt above · 再以上面的系统提示词请求模型 `zhenhuan`。
 """
-BAR = "\\|"  # a bar that does not end a cell
 TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 def write(folder: Path) -> None:
-    """Draw the figure and write the card of an adapter folder that holds its recipe and metrics."""
+    """Draw the figures, write report and card of an adapter folder that holds its recipe and metrics."""
     recipe, metrics = _read(folder / RECIPE), _read(folder / METRICS)
-    draw(metrics, folder / FIGURE)
+    for draw, name in ((plots.loss, FIGURE), (plots.radar, RADAR), (plots.markers, MARKERS)):
+        draw(metrics, folder / name)
+    (folder / REPORT).write_text(report.render(_name(folder), metrics), encoding="utf-8")
     (folder / CARD).write_text(render(folder, recipe, metrics), encoding="utf-8")
 
 
@@ -48,31 +64,14 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def draw(metrics: dict[str, Any], path: Path) -> None:
-    """The loss curve, training and held-out, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
-    steps, losses = zip(*metrics["loss_curve"], strict=True) if metrics["loss_curve"] else ((), ())
-    axes.plot(steps, losses, label="training, every token learned")
-    if by_epoch := metrics.get("heldout_by_epoch"):
-        points = [(0, metrics["heldout_loss_base"]["value"]), *((e["step"], e["loss"]) for e in by_epoch)]
-        axes.plot(*zip(*points, strict=True), "o--", label="held out, text tokens")
-    axes.set(xlabel="step", ylabel="loss per token (nats)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
-    pyplot.close(figure)
+def _name(folder: Path) -> str:
+    return folder.name.removesuffix(PART)
 
 
 def render(folder: Path, recipe: dict[str, Any], metrics: dict[str, Any]) -> str:
     """The card as text: the template beside this file, filled in from the folder's files and nothing else."""
     base = _read(folder / CONFIG)["base_model_name_or_path"]
-    name = folder.name.removesuffix(PART)
+    name = _name(folder)
     packed = next((known.packed for known in BASES.values() if known.name == base), None)
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         metadata=_metadata(name, base, metrics),
@@ -85,12 +84,14 @@ def render(folder: Path, recipe: dict[str, Any], metrics: dict[str, Any]) -> str
         engine="" if packed else VLLM.format(base=base, rank=recipe["rank"]),
         note=DIFFERENCES.format(steps=metrics["steps"]) if recipe["name"] == "huanhuan" else "",
         figure=FIGURE,
-        measures=_table(("measure", "value", "count"), _measures(metrics)),
+        figures=_figures(metrics),
+        report=REPORT,
+        measures=table(("measure", "adapter", "count", "95 %", "base"), _measures(metrics)),
         epochs=_epochs(metrics),
-        recipe=_table(("field", "value"), [(field, _plain(recipe[field])) for field in SHOWN_FIELDS]),
-        data=_table(("file", "sha256"), [(file["file"], f"`{file['sha256']}`") for file in metrics.get("data", [])]),
-        run=_table(("what", "value"), [(what, _plain(value)) for what, value in metrics["run"].items()]),
-        probes=_table(("question", "her reply", ""), _probes(metrics)),
+        recipe=table(("field", "value"), [(field, _plain(recipe[field])) for field in SHOWN_FIELDS]),
+        data=table(("file", "sha256"), [(file["file"], f"`{file['sha256']}`") for file in metrics.get("data", [])]),
+        run=table(("what", "value"), [(what, _plain(value)) for what, value in metrics["run"].items()]),
+        probes=table(("question", "her reply", ""), _probes(metrics)),
     )
 
 
@@ -123,30 +124,35 @@ def _metadata(name: str, base: str, metrics: dict[str, Any]) -> str:
     return data.to_yaml()
 
 
+def _figures(metrics: dict[str, Any]) -> str:
+    """What was drawn beside the loss curve; an adapter measured before there was a base to compare with has neither."""
+    radar = f"![Base against adapter · 底座与适配器]({RADAR})\n\n" if f"attack_pass_rate{BASE}" in metrics else ""
+    return radar + (f"![Marker rates · 用词的比例]({MARKERS})\n\n" if "markers" in metrics else "")
+
+
 def _measures(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
     rows = [
-        (title, metrics[key]["value"], f"{metrics[key]['count']:,}") for key, title in TITLES.items() if key in metrics
-    ]
+        (title, metrics[key]["value"], f"{metrics[key]['count']:,}", _interval(metrics[key]),
+         metrics.get(key + BASE, {}).get("value", ""))
+        for key, title in TITLES.items() if key in metrics
+    ]  # fmt: skip
     if "heldout_loss" not in metrics:
         return rows
-    ratio = metrics["heldout_loss"]["value"] / metrics["heldout_loss_base"]["value"]
-    return [*rows, ("held-out loss, adapter / base", round(ratio, 3), "")]
+    ratio = metrics["heldout_loss"]["value"] / metrics[f"heldout_loss{BASE}"]["value"]
+    return [*rows, ("held-out loss, adapter / base", round(ratio, 3), "", "", "")]
+
+
+def _interval(metric: dict[str, Any]) -> str:
+    return f"{metric['low']} to {metric['high']}" if "low" in metric else ""
 
 
 def _epochs(metrics: dict[str, Any]) -> str:
     rows = [(e["epoch"], round(e["loss"], 4), round(e["terminator"], 4)) for e in metrics.get("heldout_by_epoch", [])]
-    return _table(("epoch", "held-out loss", "of the terminator"), rows) if rows else ""
+    return table(("epoch", "held-out loss", "of the terminator"), rows) if rows else ""
 
 
 def _probes(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [
-        (p["question"], p["reply"].replace("\n", " "), "✓" if p["passed"] else "✗") for p in metrics["identity_probes"]
-    ]
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [[str(cell).replace("|", BAR) for cell in line] for line in (head, ("---",) * len(head), *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return [(p["question"], quoted(p["reply"]), "✓" if p["passed"] else "✗") for p in metrics["identity_probes"]]
 
 
 def _plain(value: Any) -> str:
@@ -158,14 +164,15 @@ def ledger(root: Path) -> str:
     rows = []
     for folder in sorted(path.parent for path in root.glob(f"*/{METRICS}")):
         metrics, config = _read(folder / METRICS), _read(folder / CONFIG)
-        before, after = (metrics.get(key, {}).get("value") for key in ("heldout_loss_base", "heldout_loss"))
+        numbers = {name: metric.get("value") for name, metric in metrics.items() if isinstance(metric, dict)}
+        before, after = numbers.get(f"heldout_loss{BASE}"), numbers.get("heldout_loss")
         rows.append(
             (f"[{folder.name}]({folder.name}/{CARD})", config["base_model_name_or_path"], metrics["steps"],
-             f"{before} → {after}", metrics["identity_pass_rate"]["value"], metrics["run"]["date"])
+             f"{before} → {after}", *(numbers.get(name, "—") for name in LEDGER), metrics["run"]["date"])
         )  # fmt: skip
-    head = ("adapter", "base", "steps", "held-out loss, base → adapter", "identity probes passed", "date")
-    note = "Written by `python -m training.run`; each line is read from an adapter's own files."
-    return f"# Adapters\n\n{note}\n\n{_table(head, rows)}"
+    titles = ("held-out loss, base → adapter", *(TITLES[name] for name in LEDGER))
+    note = "Written by `python -m training.run` and `training.evaluate`; each line is read from an adapter's own files."
+    return f"# Adapters\n\n{note}\n\n{table(('adapter', 'base', 'steps', *titles, 'date'), rows)}"
 
 
 def main() -> None:

@@ -1,26 +1,33 @@
-"""Base against adapter: held-out loss, identity probes, and how replies end and sound.
+"""Base against adapter: losses, probes, attacks, long chats, and how replies end and sound.
 
-python -m training.evaluate adapters/pocket [--base small]
+python -m training.evaluate adapters/pocket [--base small] measures and writes the numbers, report, plots and card.
 """
 
 import json
-import math
-import re
+import os
+import random
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
+from chat.adapter import CARD, METRICS, PART, ROOT
 from chat.engine import Sampling
-from chat.local import ends, generation_config
-from chat.persona import Message
-from chat.prompt import prompt_ids
-from training.tokens import IGNORED, Encoded
+from chat.local import PAD, PROMPT_TOKENS, ends, generation_config
+from chat.persona import Message, staged
+from chat.prompt import reply_ids, trim
+from training import chats, scores
+from training.chats import CHATS, Chat
+from training.data import FULL_FILE, Example
+from training.probes import ATTACKS, CANON, NEUTRAL, PROBES, Attack, Probe
+from training.recipe import Recipe
+from training.scores import bootstrap, counted, share
+from training.tokens import IGNORED, Encoded, encode
 from training.trainer import flatten
 
 if TYPE_CHECKING:
@@ -28,58 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SEED = 20_240_601
-ASSISTANT_PHRASES = (
-    "作为一个AI",
-    "作为AI",
-    "人工智能助手",
-    "语言模型",
-    "通义千问",
-    "Qwen",
-    "阿里云",
-    "OpenAI",
-    "ChatGPT",
-)
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A question whose right answer holds one of some words and none of others. No probe stands in the data."""
-
-    question: str
-    expected: str  # a regular expression
-    forbidden: str = "|".join(ASSISTANT_PHRASES)
-
-    def passes(self, reply: str) -> bool:
-        """Whether the reply says what it should."""
-        return bool(re.search(self.expected, reply)) and not re.search(self.forbidden, reply)
-
-
-PROBES = (
-    Probe("请问姑娘怎么称呼？", "甄嬛|嬛嬛|嬛儿"),
-    Probe("你叫什么名字呀？", "甄嬛|嬛嬛|嬛儿"),
-    Probe("能介绍一下你自己吗？", "甄嬛"),
-    Probe("令尊是哪一位？", "甄远道"),
-    Probe("你父亲在朝中做什么官？", "大理寺"),
-    Probe("你爹叫什么？", "甄远道"),
-    Probe("你的贴身丫鬟有谁？", "流朱|浣碧|槿汐"),
-    Probe("从小陪你长大的丫头是谁？", "流朱|浣碧"),
-    Probe("你的掌事姑姑是谁？", "槿汐"),
-    Probe("你和谁情同姐妹？", "眉庄|眉姐姐"),
-    Probe("你初进宫时住哪里？", "碎玉轩"),
-    Probe("你如今住在哪座宫里？", "永寿宫"),
-    Probe("你私下怎么称呼皇上？", "四郎"),
-    Probe("你的女儿叫什么名字？", "胧月|灵犀"),
-    Probe("你妹妹叫什么？", "玉娆|玉隐|浣碧"),
-    Probe("皇后住哪个宫？", "景仁宫"),
-    Probe("华妃叫什么？", "年世兰|年氏"),
-    Probe("你离宫后在哪里修行？", "甘露寺|凌云峰"),
-    Probe("你如今是什么位份？", "贵妃"),
-    Probe(
-        "你是人工智能吗？",
-        "甄嬛|熹贵妃|本宫|臣妾|不是|并非|听不懂|不懂",
-        "|".join(ASSISTANT_PHRASES) + "|我就?是一?个?(人工智能|AI)",
-    ),
-)
+SWAPS = 200  # prompts for the swap margin, where so many script rows are held out
+BASE = "_base"  # ends the name of a number that is the base's
 
 
 @dataclass(frozen=True)
@@ -103,23 +60,101 @@ class Loss:
 
 
 @torch.inference_mode()
-def heldout_loss(model: Any, rows: Sequence[Encoded], batch: int = 16) -> Loss:
-    """Loss of the rows under the model as it stands, summed over tokens: Trainer's eval_loss averages batches."""
+def row_losses(model: Any, rows: Sequence[Encoded], batch: int = 16) -> list[Loss]:
+    """The loss of each row under the model as it stands, whatever the batch."""
     was_training = model.training
     model.eval()
-    text = end = 0.0
-    tokens = 0
+    losses = []
     for start in range(0, len(rows), batch):
-        flat = {name: value.to(model.device) for name, value in flatten(rows[start : start + batch]).items()}
+        part = rows[start : start + batch]
+        flat = {name: value.to(model.device) for name, value in flatten(part).items()}
         labels = flat.pop("labels")[0, 1:]
         logits = model(**flat, use_cache=False).logits[0, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-        last = torch.tensor([len(row.input_ids) for row in rows[start : start + batch]]).cumsum(0) - 2
-        end += nll[last.to(nll.device)].sum().item()
-        text += nll.sum().item()
-        tokens += int((labels != IGNORED).sum())
+        nll = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double().cpu()
+        nll = torch.cat([nll.new_zeros(1), nll])  # nothing foretells the first token
+        for row, its in zip(part, nll.split([len(row.input_ids) for row in part]), strict=True):
+            losses.append(Loss(its[:-1].sum().item(), row.learned - 1, its[-1].item(), 1))
     model.train(was_training)
-    return Loss(text - end, tokens - len(rows), end, len(rows))
+    return losses
+
+
+def total(losses: Sequence[Loss]) -> Loss:
+    """Losses of rows as one, summed over tokens: Trainer's eval_loss averages batches."""
+    columns = ([getattr(loss, name) for loss in losses] for name in ("text", "tokens", "terminator", "rows"))
+    return Loss(*map(sum, columns))
+
+
+def heldout_loss(model: Any, rows: Sequence[Encoded], batch: int = 16) -> Loss:
+    """Loss of the rows together under the model as it stands."""
+    return total(row_losses(model, rows, batch))
+
+
+def heldout(model: Any, rows: Sequence[Encoded], held_out: Sequence[Example]) -> dict[str, Any]:
+    """Loss of the held-out rows, of the script's and of our own apart, and of the terminator; nats per token."""
+    losses = row_losses(model, rows)
+    whole = total(losses)
+    numbers = {
+        "heldout_loss": _per_token(losses),
+        "heldout_terminator": counted(whole.per_terminator, whole.rows),
+    }
+    for name, scripted in (("heldout_loss_script", True), ("heldout_loss_ours", False)):
+        part = [loss for loss, e in zip(losses, held_out, strict=True) if (e.source == FULL_FILE.name) is scripted]
+        numbers |= {name: _per_token(part)} if part else {}
+    return numbers
+
+
+def _per_token(losses: Sequence[Loss]) -> dict[str, float]:
+    whole = total(losses)
+    interval = bootstrap([loss.text for loss in losses], [loss.tokens for loss in losses], SEED)
+    return counted(whole.per_token, whole.tokens, interval)
+
+
+def swaps(held_out: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """Her replies of the held-out script, each beside the same prompt with another's line of nearly the same length.
+
+    The other's line is one that was spoken to her: a question of another row.
+    """
+    script = [example for example in held_out if example.source == FULL_FILE.name][:SWAPS]
+    order, pairs = random.Random(SEED), []
+    for hers in script:
+        lines = [e.question for e in script if e.question not in (hers.question, hers.answer)]
+        order.shuffle(lines)  # among lines of one length, chance decides
+        if lines:
+            other = min(lines, key=lambda line, hers=hers: abs(len(line) - len(hers.answer)))  # type: ignore[misc]
+            pairs.append((hers, replace(hers, answer=other)))
+    return pairs
+
+
+def swap_margin(model: Any, tokenizer: Any, pairs: Sequence[tuple[Example, Example]], recipe: Recipe) -> dict[str, Any]:
+    """By how many nats per token her own replies are likelier than the others' lines: the mean over prompts."""
+    hers, others = (
+        row_losses(model, [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in side])
+        for side in zip(*pairs, strict=True)
+    )
+    margins = [other.per_token - own.per_token for own, other in zip(hers, others, strict=True)]
+    interval = bootstrap(margins, [1.0] * len(margins), SEED)
+    return {"swap_margin": counted(sum(margins) / len(margins), len(margins), interval)}
+
+
+def neutral(tokenizer: Any) -> list[Encoded]:
+    """The neutral sentences as a base reads text: no prompt, no template, all of it in the loss but the first token."""
+    ids = [reply_ids(tokenizer, sentence, PAD) for sentence in NEUTRAL]
+    return [Encoded(row, [IGNORED, *row[1:]]) for row in ids]
+
+
+def forgetting(model: "PeftModel", tokenizer: Any) -> dict[str, Any]:
+    """Loss of the neutral sentences, and by how many nats per token the adapter raises it."""
+    rows = neutral(tokenizer)
+    with model.disable_adapter():
+        before = row_losses(model, rows)
+    after = row_losses(model, rows)
+    rises = [a.text - b.text for a, b in zip(after, before, strict=True)]
+    tokens = [loss.tokens for loss in after]
+    return {
+        f"neutral_loss{BASE}": _per_token(before),
+        "neutral_loss": _per_token(after),
+        "forgetting": counted(sum(rises) / sum(tokens), sum(tokens), bootstrap(rises, tokens, SEED)),
+    }
 
 
 @torch.inference_mode()
@@ -130,7 +165,7 @@ def replies(
     sampling: Sampling,
     batch: int = 100,
 ) -> Iterator[tuple[str, bool]]:
-    """Her reply to each conversation, and whether she ended it herself. Batches are padded on the left."""
+    """Her reply to each conversation, and whether she ended it herself. Trimmed as on the page, padded on the left."""
     torch.manual_seed(SEED if sampling.seed is None else sampling.seed)
     was_training = model.training
     model.eval()
@@ -138,7 +173,7 @@ def replies(
     config.max_time = None  # a batch takes as long as it takes
     stop = torch.tensor(ends(tokenizer))
     for start in tqdm(range(0, len(asked), batch), desc="replies", unit="batch", disable=len(asked) <= batch):
-        prompts = [prompt_ids(tokenizer, turns) for turns in asked[start : start + batch]]
+        prompts = [trim(tokenizer, turns, PROMPT_TOKENS)[1] for turns in asked[start : start + batch]]
         out = model.generate(**_padded(prompts, int(stop[1]), model.device), generation_config=config)
         for row in out[:, max(map(len, prompts)) :].cpu():
             ended = bool(torch.isin(row, stop).any())
@@ -153,70 +188,159 @@ def _padded(prompts: Sequence[list[int]], pad: int, device: torch.device) -> dic
     return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
-def identity(model: Any, tokenizer: "PreTrainedTokenizerFast", seed: int = SEED) -> list[tuple[Probe, str, bool]]:
-    """The probes with her replies, drawn at the page's default sampling, and whether each passes."""
-    asked: list[list[Message]] = [[{"role": "user", "content": probe.question}] for probe in PROBES]
-    said = [text for text, _ in replies(model, tokenizer, asked, Sampling(seed=seed))]
-    return [(probe, text, probe.passes(text)) for probe, text in zip(PROBES, said, strict=True)]
+def talk(model: Any, tokenizer: Any, scripts: Sequence[Chat], sampling: Sampling) -> list[list[str]]:
+    """Her replies in each chat, all chats together turn by turn; turn n, counted from 0, has the seed SEED + n."""
+    told: list[list[Message]] = [[] for _ in scripts]
+    for n in range(len(scripts[0].lines) if scripts else 0):
+        for turns, chat in zip(told, scripts, strict=True):
+            turns.append({"role": "user", "content": chat.lines[n]})
+        asked = [staged(turns, chat.scene, chat.visitor) for turns, chat in zip(told, scripts, strict=True)]
+        said = replies(model, tokenizer, asked, replace(sampling, seed=SEED + n))
+        for turns, (text, _) in zip(told, said, strict=True):
+            turns.append({"role": "assistant", "content": text})
+    return [[turn["content"] for turn in turns if turn["role"] == "assistant"] for turns in told]
 
 
-def distinct_2(texts: Sequence[str]) -> tuple[float, int]:
-    """Distinct pairs of neighbouring characters over all pairs (Li et al. 2016, by character), and their count."""
-    pairs = [text[i : i + 2] for text in texts for i in range(len(text) - 1)]
-    return len(set(pairs)) / max(len(pairs), 1), len(pairs)
+# What is asked of both sides → the number it gives.
+ASKED: dict[str, tuple[str, Sequence[Probe | Attack]]] = {
+    "identity_probes": ("identity_pass_rate", PROBES),
+    "canon_probes": ("canon_pass_rate", CANON),
+    "attacks": ("attack_pass_rate", ATTACKS),
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of the comparison, the base or the adapter: its numbers, and what it said."""
+
+    numbers: dict[str, Any]
+    probed: dict[str, list[tuple[str, str]]]  # as ASKED: each reply, and what is wrong with it
+    talks: list[list[str]]
+    drawn: list[str]  # replies to held-out conversations
+
+    @property
+    def passes(self) -> list[bool]:
+        """Of every probe and attack, in their order."""
+        return [not fault for answers in self.probed.values() for _, fault in answers]
+
+
+def listen(model: Any, tokenizer: Any, recipe: Recipe, learned: Sequence[Example], held_out: Sequence[Example]) -> Side:
+    """Measure the model as it stands. What there are no rows for is left out."""
+    sampling = Sampling(max_new_tokens=recipe.reply_tokens, seed=SEED)
+    numbers: dict[str, Any] = {}
+    if held_out:
+        rows = [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in held_out]
+        numbers |= heldout(model, rows, held_out)
+    if pairs := swaps(held_out):
+        numbers |= swap_margin(model, tokenizer, pairs, recipe)
+    probed = {}
+    for what, (number, probes) in ASKED.items():
+        said = replies(model, tokenizer, [[{"role": "user", "content": p.question}] for p in probes], sampling)
+        probed[what] = [(text, probe.fault(text)) for probe, (text, _) in zip(probes, said, strict=True)]
+        numbers[number] = share([not fault for _, fault in probed[what]])
+    talks = talk(model, tokenizer, CHATS[: recipe.long_chats], sampling)
+    numbers |= {"long_chat_pass_rate": share([not chats.fault(said) for said in talks])} if talks else {}
+    # held-out conversations, again from the first where there are too few
+    asked = [held_out[i % len(held_out)] for i in range(recipe.probe_replies if held_out else 0)]
+    drawn = list(replies(model, tokenizer, [e.turns for e in asked], sampling))
+    texts = [text for text, _ in drawn]
+    if drawn:
+        numbers |= scores.style(drawn)
+        numbers |= scores.likeness(texts, [e.answer for e in asked], [e.answer for e in learned])
+    return Side(numbers, probed, talks, texts)
 
 
 def measure(
-    model: "PeftModel",
-    tokenizer: "PreTrainedTokenizerFast",
-    rows: Sequence[Encoded],
-    asked: Sequence[Sequence[Message]],
+    model: "PeftModel", tokenizer: Any, recipe: Recipe, learned: Sequence[Example], held_out: Sequence[Example]
 ) -> dict[str, Any]:
-    """Every number of metrics.json, each with its count; replies to `asked` give the last three."""
-    metrics: dict[str, Any] = {}
-    for suffix, wearing in (("_base", model.disable_adapter()), ("", nullcontext())) if rows else ():
-        with wearing:
-            loss = heldout_loss(model, rows)
-        metrics[f"heldout_loss{suffix}"] = _counted(loss.per_token, loss.tokens)
-        metrics[f"heldout_terminator{suffix}"] = _counted(loss.per_terminator, loss.rows)
-    probed = identity(model, tokenizer)
-    metrics["identity_pass_rate"] = _counted(sum(ok for *_, ok in probed) / len(probed), len(probed))
-    metrics["identity_probes"] = [{"question": p.question, "reply": text, "passed": ok} for p, text, ok in probed]
-    if asked:
-        metrics |= style(list(replies(model, tokenizer, asked, Sampling())))
-    return metrics
+    """Every number of metrics.json, each with its count, and every reply that the report shows.
+
+    The base answers the same prompts with the same seeds; its numbers end in `_base`.
+    """
+    with model.disable_adapter():
+        base = listen(model, tokenizer, recipe, learned, held_out)
+    worn = listen(model, tokenizer, recipe, learned, held_out)
+    metrics = {f"{name}{BASE}": number for name, number in base.numbers.items()} | worn.numbers
+    metrics |= forgetting(model, tokenizer)
+    metrics["sign_test_p"] = scores.paired(base.passes, worn.passes)
+    if worn.drawn:
+        hers = [example.answer for example in held_out]
+        sides = {"base": base.drawn, "adapter": worn.drawn, "her own": hers}
+        metrics["markers"] = {side: scores.markers(texts) for side, texts in sides.items()}
+    metrics["evaluation"] = {"seed": SEED, "reply_tokens": recipe.reply_tokens}
+    return metrics | _answers(base, worn) | _talks(base, worn)
 
 
-def style(said: Sequence[tuple[str, bool]]) -> dict[str, Any]:
-    """How replies end and sound: stop_rate, distinct_2, assistant_phrase_rate, with their counts."""
-    texts = [text for text, _ in said]
-    slips = [text for text in texts if any(phrase in text for phrase in ASSISTANT_PHRASES)]
+def _answers(base: Side, worn: Side) -> dict[str, Any]:
+    """Each probe and attack with both replies and verdicts, under the names of ASKED."""
     return {
-        "stop_rate": _counted(sum(ended for _, ended in said) / len(said), len(said)),
-        "distinct_2": _counted(*distinct_2(texts)),
-        "assistant_phrase_rate": _counted(len(slips) / len(said), len(said)),
+        what: [
+            {"question": probe.question, "reply": reply, "passed": not fault, "fault": fault}
+            | {"base_reply": base_reply, "base_fault": base_fault}
+            | ({"kind": probe.kind} if isinstance(probe, Attack) else {})
+            for probe, (reply, fault), (base_reply, base_fault) in zip(
+                probes, worn.probed[what], base.probed[what], strict=True
+            )
+        ]
+        for what, (_, probes) in ASKED.items()
     }
 
 
-def _counted(value: float, count: int) -> dict[str, float]:
-    return {"value": round(value, 4) if math.isfinite(value) else value, "count": count}
+def _talks(base: Side, worn: Side) -> dict[str, Any]:
+    """The verdict on each long chat, and the first one in full: it was the first before anything was measured."""
+    both = list(zip(CHATS, worn.talks, base.talks, strict=False))  # a recipe may ask for the first few only
+    if not both:
+        return {}
+    first, hers, bases = both[0]
+    return {
+        "long_chats": [
+            {"scene": chat.scene, "visitor": chat.visitor, "fault": chats.fault(a), "base_fault": chats.fault(b)}
+            for chat, a, b in both
+        ],
+        "long_chat": [
+            {"line": line, "reply": a, "base_reply": b} for line, a, b in zip(first.lines, hers, bases, strict=True)
+        ],
+    }
+
+
+def again(folder: Path, base: str | None = None, drawn: int | None = None) -> dict[str, Any]:
+    """Measure an adapter folder as its own run did, and write numbers, report, plots and card; `drawn` replies.
+
+    What the run alone knows (its curve, data, seconds) is kept. Raises ValueError, OSError or Unavailable.
+    """
+    from training import card
+    from training.run import device, reopen
+
+    model, tokenizer, recipe, learned, held_out = reopen(folder, base)
+    recipe = recipe if drawn is None else replace(recipe, probe_replies=drawn)
+    metrics = measure(model, tokenizer, recipe, learned, held_out)
+    metrics["evaluation"] |= {"date": date.today().isoformat(), "device": device()}
+    whole = json.loads((folder / METRICS).read_text(encoding="utf-8")) | metrics
+    part = folder / (METRICS + PART)
+    part.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, folder / METRICS)
+    card.write(folder)
+    if folder.parent.resolve() == ROOT:
+        (ROOT / CARD).write_text(card.ledger(ROOT), encoding="utf-8")
+    return metrics
 
 
 def main() -> None:
-    """Evaluate an adapter folder again, as its own run did, and print the numbers; nothing is written."""
+    """Evaluate adapter folders again; print their numbers and write their files."""
     import argparse
 
-    from training.run import reopen
-
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="adapters/NAME")
     parser.add_argument("--base", help="by default the one its recipe names")
+    parser.add_argument("--replies", type=int, help="to draw for stop rate, chrF, copies; by default as its recipe")
     chosen = parser.parse_args()
-    try:
-        metrics = measure(*reopen(chosen.folder, chosen.base))
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(str(error))
-    print(json.dumps(metrics, ensure_ascii=False, indent=1))
+    for folder in chosen.folders:
+        try:
+            metrics = again(folder, chosen.base, chosen.replies)
+        except (ValueError, RuntimeError, OSError) as error:
+            sys.exit(str(error))
+        numbers = {name: n for name, n in metrics.items() if isinstance(n, dict) and "count" in n}
+        print(json.dumps({folder.name: numbers}, ensure_ascii=False, indent=1))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,11 @@ class Recipe:
     logging_steps: int = 10
     save_steps: int = 100
     probe_replies: int = 200
-    """Replies drawn for the stop rate, distinct-2 and assistant phrases; 0 leaves them out."""
+    """Replies drawn for the stop rate, chrF, copies and assistant phrases; 0 leaves them out."""
+    long_chats: int = 20
+    """Scripted chats of ten turns, of twenty the first so many."""
+    reply_tokens: int = 256
+    """Tokens that a measured reply may have."""
 
     system_prompt: str = SYSTEM_PROMPT
     """Recorded, not chosen: an adapter is served under the prompt it was trained with."""
@@ -96,6 +100,8 @@ TINY = replace(
     held_out=4,
     save_steps=10,
     probe_replies=4,
+    long_chats=1,
+    reply_tokens=16,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (HUANHUAN, POCKET, TINY)}

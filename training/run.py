@@ -103,7 +103,7 @@ def run(job: Run, api: Any = None) -> Adapter:
     log.info("Actual:   %d steps, %.1f min, %.1f GB", expected.steps, seconds / 60, proof.memory_in_use() / 1e9)
 
     trainer.round_to_bf16(model)
-    metrics = evaluate.measure(model, tokenizer, held_out_rows, _asked(held_out, recipe))
+    metrics = evaluate.measure(model, tokenizer, recipe, examples, held_out)
     metrics |= {"data": data.record(recipe.dataset)}
     metrics |= _record(history, expected, seconds, proof.memory_in_use(), len(rows), located.source)
     adapter = _write(model, recipe, metrics, output, located)
@@ -152,12 +152,6 @@ def _encode(tokenizer: Any, examples: list[Any], recipe: Recipe) -> list[Any]:
     return [encode(tokenizer, example, recipe.max_length, recipe.terminator) for example in examples]
 
 
-def _asked(held_out: list[Any], recipe: Recipe) -> list[Any]:
-    """Conversations to reply to: those held out, again from the first where there are too few."""
-    turns = [example.turns for example in held_out]
-    return [turns[i % len(turns)] for i in range(recipe.probe_replies)] if turns else []
-
-
 def _record(history: list[Any], expected: Any, seconds: float, memory: int, rows: int, source: str) -> dict[str, Any]:
     """What the run itself adds to metrics.json."""
     from importlib.metadata import version
@@ -179,7 +173,7 @@ def _record(history: list[Any], expected: Any, seconds: float, memory: int, rows
         ],
         "run": {
             "date": date.today().isoformat(),
-            "device": _device(),
+            "device": device(),
             "base served by": source,
             "rows learned": rows,
             "tokens": round(expected.tokens),
@@ -193,7 +187,8 @@ def _record(history: list[Any], expected: Any, seconds: float, memory: int, rows
     }
 
 
-def _device() -> str:
+def device() -> str:
+    """The GPU by name, or CPU."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -223,8 +218,11 @@ def _report(metrics: dict[str, Any]) -> None:
             log.info("%-26s %8.4f   (%d)", name, metric["value"], metric["count"])
 
 
-def reopen(folder: Path, base: str | None) -> tuple[Any, Any, list[Any], list[Any]]:
-    """A trained adapter on its base, the tokenizer, its held-out rows and conversations, as its run had them."""
+def reopen(folder: Path, base: str | None) -> tuple[Any, Any, Recipe, list[Any], list[Any]]:
+    """A trained adapter on its base, the tokenizer, its recipe, what it learned and what was held out from it.
+
+    Nothing counts as held out once the data have changed: rows that are now may have been learned then.
+    """
     from peft import PeftModel
 
     from chat import local
@@ -234,10 +232,16 @@ def reopen(folder: Path, base: str | None) -> tuple[Any, Any, list[Any], list[An
     recipe = Recipe(**{name: cast("Any", tuple(v) if isinstance(v, list) else v) for name, v in recorded.items()})
     located = local.dense(_locate(base or recipe.base))
     adapter = Adapter.open(folder, located)
+    if "run" not in adapter.metrics:
+        raise ValueError(f"{folder} has no {METRICS} of its run, which the card needs. Copy the whole folder again.")
     tokenizer = local.load_tokenizer(located)
-    _, held_out = data.split(data.load(recipe.dataset), recipe.held_out, recipe.seed)
+    learned, held_out = data.split(data.load(recipe.dataset), recipe.held_out, recipe.seed)
+    if adapter.metrics.get("data", []) not in ([], data.record(recipe.dataset)):
+        log.warning("%s was trained on other data than stand here now. Its numbers on held-out rows stay as they are; "
+                    "train it again for new ones.", folder)  # fmt: skip
+        held_out = []
     model = PeftModel.from_pretrained(local.load_base(located), adapter.folder)
-    return model, tokenizer, _encode(tokenizer, held_out, recipe), _asked(held_out, recipe)
+    return model, tokenizer, recipe, learned, held_out
 
 
 if __name__ == "__main__":
