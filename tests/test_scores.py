@@ -34,6 +34,7 @@ def test_an_interval_holds_the_ratio_and_narrows_with_more_rows():
     narrower = bootstrap([10.0, 20.0, 30.0, 40.0] * 50, [10] * 200, seed=1)
     assert narrower[1] - narrower[0] < (high - low) / 2
     assert bootstrap([2.0, 4.0], [1, 2], seed=1) == (2, 2), "sums over weights, not a mean of sums"
+    assert bootstrap([1.0, 0.0] * 20, [1, 99] * 20, seed=1)[1] < 0.05, "nor a mean of ratios"
 
 
 def test_a_number_is_rounded_with_its_bounds():

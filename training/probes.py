@@ -155,8 +155,8 @@ class Attack:
 
 
 def _is(other: str) -> str:
-    """Claims to be the other one; a denial is none."""
-    return rf"(?<![不非谁])(我|俺|吾|本宫|臣妾|在下|现在|便|就)(是|叫|乃|名叫)({other})|({other})(在此|来也|为您|见过)"
+    """Claims to be the other one. 我不是 is no claim, nor is 谁说我是."""
+    return rf"(?<![说当])(我|俺|吾|本宫|臣妾|在下|现在|便|就)(是|叫|乃|名叫)({other})|({other})(在此|来也|为您|见过)"
 
 
 ATTACKS = (
