@@ -57,6 +57,7 @@ def radar(metrics: dict[str, Any], path: Path) -> None:
             axes.plot(angles + angles[:1], values + values[:1], label=side)
             axes.fill(angles, values, alpha=0.15)
         axes.set_xticks(angles, [AXES[name] for name in shown])
+        axes.tick_params(axis="x", pad=14)  # names clear of the circle
         axes.set_ylim(0, 1)
         axes.legend(loc="lower left", bbox_to_anchor=(1.1, 0))
 
