@@ -1,5 +1,6 @@
 """The adapter folder and its gate: `Adapter.open` returns a folder that can be served, or says why not."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from chat.base import Located
+from chat.base import Located, from_modelscope
 from chat.engine import BASE_ONLY
+from chat.fetch import Unavailable
 from chat.persona import SYSTEM_PROMPT
 
 ROOT = Path(__file__).parent.parent / "adapters"
@@ -28,6 +30,7 @@ NEEDED = (CONFIG, WEIGHTS, RECIPE)
 PART = ".part"  # ends the name of a folder that a run is still writing
 NAME = re.compile(r"[\w-]{1,60}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+MODELSCOPE = "modelscope:"  # begins a place that is on ModelScope; without it, USER/NAME is on the Hub
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_RANK = 64
@@ -85,7 +88,7 @@ def find(located: Located, root: Path = ROOT) -> tuple[list[Adapter], list[str]]
 
 
 def _named(setting: str) -> list[tuple[str, str]]:
-    """`name=place, name=place`, a place being a folder or USER/NAME[@REVISION] on the Hub, as pairs."""
+    """`name=place, name=place` as pairs; a place is a folder, USER/NAME[@REVISION], or that after `modelscope:`."""
     entries = [entry.strip() for entry in setting.split(",") if entry.strip()]
     pairs = [entry.partition("=") if "=" in entry else ("", "", entry) for entry in entries]
     return [(name.strip() or place.partition("@")[0].rsplit("/", 1)[-1], place.strip()) for name, _, place in pairs]
@@ -104,18 +107,37 @@ def _fits(config: Path, located: Located) -> bool:
 
 
 def _folder(place: str) -> Path:
-    """The folder itself, or the Hub's repository in the Hugging Face cache: only the contract's files are fetched."""
-    if Path(place).is_dir() or not HUB_ID.fullmatch(place):
-        return Path(place)
-    from huggingface_hub import snapshot_download
+    """The folder itself, or the cached copy of a repository: only the contract's files are fetched.
 
-    repo, _, revision = place.partition("@")
+    Raises ValueError when the repository cannot be had.
+    """
+    fetch = _from_modelscope if place.startswith(MODELSCOPE) else _from_hub
+    if fetch is _from_hub and (Path(place).is_dir() or not HUB_ID.fullmatch(place)):
+        return Path(place)
+    repo, _, revision = place.removeprefix(MODELSCOPE).partition("@")
     try:
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=list(FILES))
-    except (ValueError, OSError) as error:
+        return fetch(repo, revision or None)
+    except Exception as error:  # each site's client fails in its own way
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{place} cannot be had ({reason}). Check its name, your access, the network.") from error
-    return Path(found)
+
+
+def _from_hub(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
+
+
+def _from_modelscope(repo: str, revision: str | None) -> Path:
+    """As the Hub's client does by itself: while the site is silent, what was fetched before."""
+    from modelscope_hub import CacheNotFound, NetworkError, ServerError
+
+    try:
+        return from_modelscope(repo, list(FILES), revision)
+    except (Unavailable, NetworkError, ServerError):
+        with contextlib.suppress(CacheNotFound):
+            return from_modelscope(repo, list(FILES), revision, cached=True)
+        raise
 
 
 def check_name(name: str) -> str:

@@ -188,13 +188,26 @@ def _hub(base: Base) -> Path:
 
 
 def _modelscope(base: Base) -> Path:
-    """From ModelScope, which checks every file's sha256 itself after the download."""
-    _require_answer(f"https://{os.environ.get('MODELSCOPE_DOMAIN') or 'www.modelscope.cn'}")
-    from modelscope import snapshot_download
-
     wanted = [base.packed.file] if base.packed else ["*.json", "*.safetensors", "*.txt"]
-    folder = Path(snapshot_download(base.name, cache_dir=str(cache() / "modelscope"), allow_patterns=wanted))
+    folder = from_modelscope(base.name, wanted)
     return _verified(folder / base.packed.file, base.packed) if base.packed else folder
+
+
+def from_modelscope(repo: str, wanted: list[str], revision: str | None = None, cached: bool = False) -> Path:
+    """A folder with the wanted files of a repository on ModelScope, whose client checks every file's sha256.
+
+    `cached` asks for what was fetched before, without the network. Where the site is and the token come from the
+    client's own settings. Raises Unavailable when the site does not answer, else what the client raises.
+    """
+    from modelscope_hub import get_default_config
+    from modelscope_hub.compat import snapshot_download
+
+    if not cached:
+        _require_answer(str(get_default_config().endpoint))
+    folder = str(cache() / "modelscope")
+    return Path(
+        snapshot_download(repo, revision=revision, cache_dir=folder, allow_patterns=wanted, local_files_only=cached)
+    )
 
 
 def _index(base: Base) -> Path:

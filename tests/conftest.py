@@ -30,6 +30,16 @@ def _own_cache(request, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _own_modelscope(request, tmp_path, monkeypatch):
+    """No test asks the real ModelScope or reads the user's login, but for those that need the real base."""
+    if not request.node.get_closest_marker("real"):
+        monkeypatch.setattr("modelscope_hub.config._default_config", None)  # it remembers the settings it saw first
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "modelscope-home"))
+        monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """The folder of the tiny Qwen2."""
@@ -60,10 +70,10 @@ def tiny_run(tiny_base, tmp_path):
     from training.recipe import TINY
     from training.run import Run
 
-    def make(resume=False, push=None, name="tiny", private=False, pr=False, **fields):
+    def make(name="tiny", resume=False, push=None, push_modelscope=None, private=False, pr=False, **fields):
         recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), **fields)
-        work = tmp_path / f"{name}-work"
-        return Run(recipe=recipe, output=tmp_path / name, work=work, resume=resume, push=push, private=private, pr=pr)
+        asked = {"resume": resume, "push": push, "push_modelscope": push_modelscope, "private": private, "pr": pr}
+        return Run(recipe=recipe, output=tmp_path / name, work=tmp_path / f"{name}-work", **asked)
 
     return make
 
@@ -99,7 +109,18 @@ def hub_server(monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # this one is on loopback
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # and has the older binary storage, LFS
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # else the client asks huggingface.co for a list
 
     server = HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def modelscope_server(monkeypatch):
+    from tests.servers import ModelScopeServer
+
+    server = ModelScopeServer()
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.address)
     yield server
     server.close()

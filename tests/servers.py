@@ -1,4 +1,4 @@
-"""Real HTTP servers on loopback: one that serves files, badly on demand, and one that speaks the Hub's protocol."""
+"""Real HTTP servers on loopback: one serves files, badly on demand; two speak the Hub's and ModelScope's protocols."""
 
 import base64
 import hashlib
@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 
 class Server:
@@ -81,18 +82,16 @@ LARGE = (".safetensors", ".png")  # what goes through binary storage
 CUT = 0  # a fault that is no status: the connection is closed in the middle
 
 
-class HubServer(Server):
-    """As much of the Hub as we use: create, auth-check, preupload, LFS batch, commit, tag; and the repository given
-    back, as a snapshot.
+class Repository(Server):
+    """One repository on a site: what was uploaded, created and tagged, by which tokens; and faults on demand.
 
     `faults` holds (part of a path, status or CUT, headers); each is used up by the first request it fits.
     """
 
-    def __init__(self, may_write=True):
-        super().__init__(_Hub)
+    def __init__(self, handler, may_write=True):
+        super().__init__(handler)
         self.may_write, self.uploaded, self.tokens = may_write, {}, set()
         self.known, self.objects, self.tags, self.created, self.faults = None, {}, {}, [], []
-        self.settings, self.runtimes, self.host = [], [], None  # a Space's: what was set, its states, its page
         self.turn = threading.Lock()
         self.stored = []  # the binaries that were sent, in order
 
@@ -108,6 +107,16 @@ class HubServer(Server):
                     return status, headers
         return None
 
+
+class HubServer(Repository):
+    """As much of the Hub as we use: create, auth-check, preupload, LFS batch, commit, tag; and the repository given
+    back, as a snapshot.
+    """
+
+    def __init__(self, may_write=True):
+        super().__init__(_Hub, may_write)
+        self.settings, self.runtimes, self.host = [], [], None  # a Space's: what was set, its states, its page
+
     def oid(self, path):
         """What the Hub calls a file's content: sha256 in binary storage, git's blob id else."""
         body = self.uploaded[path]
@@ -116,7 +125,7 @@ class HubServer(Server):
         return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
-class _Hub(Quiet):
+class _Site(Quiet):
     def _stumbles(self):
         """Whether this request was refused or broken off, for its token or as the test ordered."""
         owner = self.server.owner
@@ -138,6 +147,26 @@ class _Hub(Quiet):
             return True
         return False
 
+    def _store(self):
+        """A binary that was announced, at the address that the site gave for it."""
+        body, oid = self.rfile.read(int(self.headers["Content-Length"])), self.path.rsplit("/", 1)[1]
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.server.owner.objects[oid] = body
+        self.server.owner.stored.append(oid)
+        return self.answer(200)
+
+    def do_PUT(self):
+        return None if self._stumbles() else self._store()
+
+    def _action(self, each):
+        """Git LFS: nothing to do for what is there, else where to send it."""
+        owner = self.server.owner
+        if each["oid"] in owner.objects:
+            return each
+        return each | {"actions": {"upload": {"href": f"{owner.address}/store/{each['oid']}"}}}
+
+
+class _Hub(_Site):
     def do_GET(self):
         if self._stumbles():
             return None
@@ -195,21 +224,6 @@ class _Hub(Quiet):
         mode = {"path": path, "uploadMode": "lfs" if path.endswith(LARGE) else "regular", "shouldIgnore": False}
         return mode | ({"oid": owner.oid(path)} if path in owner.uploaded else {})
 
-    def _action(self, each):
-        owner = self.server.owner
-        if each["oid"] in owner.objects:
-            return each
-        return each | {"actions": {"upload": {"href": f"{owner.address}/store/{each['oid']}"}}}
-
-    def do_PUT(self):
-        if self._stumbles():
-            return None
-        body, oid = self.rfile.read(int(self.headers["Content-Length"])), self.path.rsplit("/", 1)[1]
-        assert hashlib.sha256(body).hexdigest() == oid
-        self.server.owner.objects[oid] = body
-        self.server.owner.stored.append(oid)
-        return self.answer(200)
-
     def _commit(self, body):
         owner = self.server.owner
         for line in body.decode().splitlines():
@@ -224,3 +238,98 @@ class _Hub(Quiet):
         asked = f"{owner.address}/fan/pocket/discussions/1" if "create_pr=1" in self.path else None
         done = {"commitUrl": f"{owner.address}/fan/pocket/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
         self.answer(200, done | {"pullRequestUrl": asked})
+
+
+class ModelScopeServer(Repository):
+    """As much of ModelScope as we use: who I am, create, list, LFS batch, commit, revisions, tag, download.
+
+    `tags` holds the files as they were when the tag was made. A repository that is `private` is read with its token
+    only; without a commit it has no list of files, and `may_write` is asked where files are announced and committed.
+    """
+
+    def __init__(self):
+        super().__init__(_ModelScope)
+        self.exists, self.private, self.commits = False, False, []
+
+    def files(self, revision):
+        """The files of a branch or tag; None where there is none."""
+        return (self.uploaded or None) if revision == "master" else self.tags.get(revision)
+
+
+API = "/api/v1"
+MODEL = f"{API}/models/fan/pocket"
+
+
+class _ModelScope(_Site):
+    def do_GET(self):
+        if self._stumbles():
+            return None
+        owner, address = self.server.owner, urlsplit(self.path)
+        asked = {name: values[0] for name, values in parse_qs(address.query).items()}
+        if address.path in ("/", f"{API}/repos/internalAccelerationInfo"):
+            return self.answer(200, {"Data": {}})
+        if address.path == "/openapi/v1/users/me":
+            return self.answer(200, {"success": True, "data": {"username": "fan"}})
+        if not address.path.startswith(f"{MODEL}/") or not owner.exists:
+            return self._refuse(404, 10010205001, "模型不存在")
+        if owner.private and not self.headers.get("Authorization"):
+            return self._refuse(403, 10010205002, "no permission")
+        if address.path == f"{MODEL}/revisions":
+            tags = [{"Revision": tag} for tag in owner.tags]
+            return self._data({"RevisionMap": {"Branches": [{"Revision": "master"}], "Tags": tags}})
+        held = owner.files(asked["Revision"])
+        if held is None:
+            return self._refuse(404, 10010205003, "no such revision")
+        if address.path == f"{MODEL}/repo/files":
+            return self._data({"Files": [self._entry(path, body) for path, body in held.items()]})
+        return self.answer(200, held[asked["FilePath"]])
+
+    do_HEAD = do_GET  # noqa: N815 - the name http.server looks for
+
+    def _entry(self, path, body):
+        sha = hashlib.sha256(body).hexdigest()
+        return {"Path": path, "Name": path, "Type": "blob", "Size": len(body), "Sha256": sha}
+
+    def _data(self, data):
+        return self.answer(200, {"Code": 200, "Success": True, "Data": data})
+
+    def _refuse(self, status, code, message):
+        return self.answer(status, {"Code": code, "Success": False, "Message": message})
+
+    def do_POST(self):
+        if self._stumbles():
+            return None
+        owner, body = self.server.owner, json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+        if self.path == f"{API}/models":
+            return self._create(body)
+        if not owner.may_write or not owner.exists:
+            return self._refuse(403, 10010205002, "no permission")
+        if self.path.endswith("/info/lfs/objects/batch"):
+            return self._data({"objects": [self._action(each) for each in body["objects"]]})
+        if self.path == f"{MODEL}/repo/tag":
+            if body["TagName"] in owner.tags:
+                return self._refuse(400, 10010205004, "tag already exists")
+            owner.tags[body["TagName"]] = dict(owner.files(body["Ref"]))
+            return self._data({})
+        return self._commit(body)
+
+    def _create(self, body):
+        owner = self.server.owner
+        if (body["Path"], body["Name"]) != ("fan", "pocket"):
+            return self._refuse(403, 10010205002, "no permission for this namespace")
+        if owner.exists:
+            return self._refuse(400, 10010101001, "该名称已被注册使用，请重新命名")
+        owner.exists = True
+        owner.created.append(body)
+        return self._data(body)
+
+    def _commit(self, body):
+        owner = self.server.owner
+        assert self.path == f"{API}/repos/models/fan/pocket/commit/master"
+        for action in body["actions"]:
+            lfs = action["type"] == "lfs"
+            owner.uploaded[action["path"]] = (
+                owner.objects[action["sha256"]] if lfs else base64.b64decode(action["content"])
+            )
+        owner.commits.append(body["commit_message"])
+        return self._data({"oid": COMMIT})

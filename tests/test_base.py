@@ -10,6 +10,7 @@ import pytest
 from chat import base as bases
 from chat.base import Base, Packed, locate
 from chat.fetch import Unavailable
+from tests.servers import FileServer
 
 BODY = bytes(range(256)) * 64
 HALVES = (BODY[:7000], BODY[7000:])
@@ -47,6 +48,16 @@ def test_the_archives_give_the_verified_file_and_are_not_fetched_again(small, fi
     asked = len(file_server.asked)
     assert locate("small").path.read_bytes() == BODY and len(file_server.asked) == asked
     assert [path.name for path in found.path.parent.iterdir() if not path.name.endswith(".lock")] == ["tiny.gguf"]
+
+
+def test_modelscope_is_asked_where_its_client_asks(modelscope_server, monkeypatch):
+    packed = Packed("tiny.gguf", len(BODY), FileServer.sha256(BODY), (), "1.0", "")
+    monkeypatch.setitem(bases.BASES, "small", Base("fan/pocket", "main", 1000, packed))
+    monkeypatch.setenv("MODEL_SOURCE", "modelscope")
+    modelscope_server.exists, modelscope_server.uploaded = True, {"tiny.gguf": BODY, "other.gguf": b"other"}
+    found = locate("small")
+    assert found.source == "modelscope" and found.path.read_bytes() == BODY
+    assert [path.name for path in found.path.parent.iterdir()] == ["tiny.gguf"]
 
 
 def test_a_damaged_whole_is_never_left_under_its_name(small, monkeypatch):

@@ -1,6 +1,6 @@
 """Publish an adapter to the Hub: the permission is asked for first, and only the contract's files go up.
 
-python -m training.hub adapters/pocket USER/NAME [--private] [--pr]
+python -m training.hub adapters/pocket USER/NAME [--private] [--pr] [--modelscope]
 """
 
 import json
@@ -30,8 +30,9 @@ def require_permission(repo: str, api: "HfApi", pr: bool = False, repo_type: str
 
     A pull request needs a repository that is there and can be read; else it is created, if it is missing, with what
     `creation` says. The token is the one `hf auth login` or HF_TOKEN gives to huggingface_hub; it passes through no
-    variable of ours. Raises PermissionError.
+    variable of ours. Raises PermissionError, or ConnectionError when the Hub does not answer.
     """
+    import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
@@ -42,6 +43,10 @@ def require_permission(repo: str, api: "HfApi", pr: bool = False, repo_type: str
         raise PermissionError(
             f"{repo} cannot be written ({reason(error)}). Log in with `hf auth login` and a token that may write, "
             "and check the name."
+        ) from error
+    except httpx2.HTTPError as error:
+        raise ConnectionError(
+            f"The Hub does not say whether {repo} may be written ({reason(error)}). Check the network, and try again."
         ) from error
 
 
@@ -106,16 +111,25 @@ def main() -> None:
 
     from huggingface_hub import HfApi
 
+    from training import modelscope
+
     parser = argparse.ArgumentParser(prog="python -m training.hub", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("repo", metavar="USER/NAME")
     parser.add_argument("--private", action="store_true", help="if the repository is created, only you see it")
     parser.add_argument("--pr", action="store_true", help="as a pull request on a repository that is there")
+    parser.add_argument("--modelscope", action="store_true", help="to ModelScope, not to the Hub")
     chosen = parser.parse_args()
+    if chosen.modelscope and chosen.pr:
+        parser.error("--pr is for the Hub only: ModelScope's client makes no pull requests. Leave one of the two out.")
     try:
         adapter = _open(chosen.folder)
-        require_permission(chosen.repo, HfApi(), chosen.pr, private=chosen.private)
-        print(push(adapter, chosen.repo, HfApi(), chosen.pr))
+        if chosen.modelscope:
+            modelscope.require_permission(chosen.repo, chosen.private)
+            print(modelscope.push(adapter, chosen.repo, chosen.private))
+        else:
+            require_permission(chosen.repo, HfApi(), chosen.pr, private=chosen.private)
+            print(push(adapter, chosen.repo, HfApi(), chosen.pr))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 

@@ -7,14 +7,17 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import tyro
 
 from chat.adapter import CARD, METRICS, PART, RECIPE, ROOT, Adapter, check_name
+from training import hub, modelscope
 from training.recipe import HUANHUAN, RECIPES, Recipe
 
 log = logging.getLogger(__name__)
@@ -33,10 +36,12 @@ class Run:
     """Go on from the last checkpoint, exact to the bit."""
     push: str | None = None
     """USER/NAME on the Hub; the permission to write is checked before training."""
+    push_modelscope: str | None = None
+    """USER/NAME on ModelScope; asked first, too."""
     private: bool = False
     """A repository that the push creates is seen by you alone."""
     pr: bool = False
-    """Push as a pull request on a repository that is there."""
+    """Push to the Hub as a pull request on a repository that is there."""
 
 
 def main() -> None:
@@ -60,19 +65,13 @@ def main() -> None:
 def run(job: Run, api: Any = None) -> Adapter:
     """The whole story: examples, tokens, base, proof, training, measures, card, the gate, and the push.
 
-    Raises ValueError, FileExistsError, Unavailable, Interrupted or PermissionError, each a sentence with the remedy.
+    Raises ValueError, FileExistsError, Unavailable, Interrupted, PermissionError or ConnectionError, each a sentence
+    with the remedy.
     """
     recipe = job.recipe
     output, work = job.output or ROOT / recipe.name, job.work or Path("runs") / recipe.name
     _prepare(job, output, work)
-    if job.push:
-        from huggingface_hub import HfApi
-
-        from training import hub
-
-        api = api or HfApi()
-        hub.require_no_secret(work / RECIPE)  # the recipe goes up too: better to hear now that it names a home folder
-        hub.require_permission(job.push, api, job.pr, private=job.private)
+    _require_permission(job, work, api)
 
     from chat import local
     from training import data, evaluate, proof, trainer
@@ -108,8 +107,7 @@ def run(job: Run, api: Any = None) -> Adapter:
     metrics |= _record(history, expected, seconds, proof.memory_in_use(), len(rows), located.source)
     adapter = _write(model, recipe, metrics, output, located)
     _report(metrics)
-    if job.push:
-        log.info("Pushed: %s", hub.push(adapter, job.push, api, job.pr))
+    _publish(job, adapter, api)
     return adapter
 
 
@@ -133,6 +131,39 @@ def _prepare(job: Run, output: Path, work: Path) -> None:
         raise FileExistsError(f"{output} exists and is no adapter of ours. Name another --output.")
     work.mkdir(parents=True, exist_ok=True)
     noted.write_text(json.dumps(_as_json(job.recipe), ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _require_permission(job: Run, work: Path, api: Any) -> None:
+    """Ask each place that the adapter is to go to; what it would refuse in hours is better heard now."""
+    if job.push or job.push_modelscope:
+        hub.require_no_secret(work / RECIPE)  # it goes up too, and may name a home folder
+    if job.push:
+        hub.require_permission(job.push, api or _hf_api(), job.pr, private=job.private)
+    if job.push_modelscope:
+        modelscope.require_permission(job.push_modelscope, job.private)
+
+
+def _publish(job: Run, adapter: Adapter, api: Any) -> None:
+    """Push to each place. One that fails does not keep the adapter from the other. Raises ConnectionError for both."""
+    pushes: list[Callable[[], str]] = []
+    if job.push:
+        pushes.append(partial(hub.push, adapter, job.push, api or _hf_api(), job.pr))
+    if job.push_modelscope:
+        pushes.append(partial(modelscope.push, adapter, job.push_modelscope, job.private))
+    failed = []
+    for push in pushes:
+        try:
+            log.info("Pushed: %s", push())
+        except ConnectionError as error:
+            failed.append(str(error))
+    if failed:
+        raise ConnectionError(" ".join(failed))
+
+
+def _hf_api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi()
 
 
 def _as_json(recipe: Recipe) -> dict[str, Any]:
