@@ -19,13 +19,13 @@ check: $(VENV)/develop.stamp  ## ruff, mypy, tests
 	$(BIN)/python -m pytest
 
 smoke: $(VENV)/develop.stamp  ## the real small base: fetch, load, a reply through the page's API
-	$(BIN)/python -m pytest -m real tests/test_smoke.py -s
+	$(BIN)/python -m pytest -n 0 -m real tests/test_smoke.py -s
 
 parity: $(VENV)/develop.stamp  ## the full set against the tutorial's formatting, with the real tokenizer
-	$(BIN)/python -m pytest -m real tests/test_parity.py -s
+	$(BIN)/python -m pytest -n 0 -m real tests/test_parity.py -s
 
 e2e: $(VENV)/develop.stamp  ## a real browser; needs Debian's chromium and fonts-noto-cjk
-	$(BIN)/python -m pytest -m e2e tests/e2e -s
+	$(BIN)/python -m pytest -n 0 -m e2e tests/e2e -s
 
 train: $(VENV)/develop.stamp  ## the pocket recipe; RECIPE=huanhuan for the 7B
 	$(BIN)/python -m training.run $(or $(RECIPE),pocket)

@@ -46,7 +46,7 @@ class Sampling:
 class Cost:
     """Why a reply ended and what it took."""
 
-    stopped: Literal["end", "length", "cancelled"]
+    stopped: Literal["end", "length", "time", "cancelled"]
     tokens: int
     first_token: float  # seconds
     seconds: float
@@ -71,6 +71,10 @@ class ChatEngine(Protocol):
     """Anything that can answer. `stream` yields pieces; the caller joins them. Closing the stream stops the model."""
 
     @property
+    def places(self) -> int:
+        """How many replies it can give at once; more wait in line."""
+
+    @property
     def adapters(self) -> Sequence[str]:
         """Names that `stream` takes, the default first; BASE_ONLY is always among them."""
 
@@ -78,10 +82,21 @@ class ChatEngine(Protocol):
     def base(self) -> str:
         """The base that answers, and who served it: a line for people."""
 
+    def digest(self, adapter: str) -> str:
+        """The head of the adapter's sha256, so that a reply can name what said it; empty for the base alone."""
+
     def stream(
-        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event
+        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event, go_on: bool = False
     ) -> Iterator[Piece]:
-        """Answer the last turn. Raises ValueError for an unknown adapter or a question too long."""
+        """Answer the last turn, or with `go_on` continue it, hers or the visitor's.
+
+        Raises ValueError for an unknown adapter or a question too long.
+        """
+
+    def compare(
+        self, turns: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event
+    ) -> Iterator[tuple[int, Piece]]:
+        """Answer the last turn with several adapters in one batch: pieces, each with its adapter's position."""
 
 
 class ScriptedEngine:
@@ -89,15 +104,20 @@ class ScriptedEngine:
 
     base = "scripted"
     adapters = ("scripted", BASE_ONLY)
+    places = 1
 
     def __init__(self, *replies: str | Exception, pause: float = 0) -> None:
         self.replies = list(replies)
         self.pause = pause  # seconds before each piece
         self.heard: list[tuple[list[Message], str, Sampling]] = []
-        self.running = self.peak = 0
+        self.running = self.peak = self.spoken = 0
+
+    def digest(self, adapter: str) -> str:
+        """A digest that is none."""
+        return "" if adapter == BASE_ONLY else "0123abcd"
 
     def stream(
-        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event
+        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event, go_on: bool = False
     ) -> Iterator[Piece]:
         """Say the next reply, or raise it when it is an exception."""
         self.heard.append((list(turns), adapter, sampling))
@@ -109,6 +129,14 @@ class ScriptedEngine:
         finally:
             self.running -= 1
 
+    def compare(
+        self, turns: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event
+    ) -> Iterator[tuple[int, Piece]]:
+        """The next replies, one after the other."""
+        for position, adapter in enumerate(adapters):
+            for piece in self.stream(turns, adapter, sampling, cancel):
+                yield position, piece
+
     def _say(self, reply: str | Exception, cancel: threading.Event) -> Iterator[Piece]:
         if isinstance(reply, Exception):
             raise reply
@@ -117,5 +145,6 @@ class ScriptedEngine:
             if cancel.is_set():
                 yield Piece("", Cost("cancelled", said - 1, 0, 0))
                 return
+            self.spoken += 1
             yield Piece(character)
         yield Piece("", Cost("end", len(reply), 0, 0))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -22,6 +23,7 @@ from chat import base as bases
 from chat.adapter import WEIGHTS, Adapter, find
 from chat.base import Located, dense_folder
 from chat.engine import BASE_ONLY, Cost, Piece, Sampling
+from chat.fetch import digest
 from chat.persona import OPENERS, Message
 from chat.prompt import prompt_ids, trim
 
@@ -121,6 +123,8 @@ def load(choice: str | None = None) -> "LocalEngine":
 class LocalEngine:
     """A base and its adapters in memory. All model work is done on one thread: an adapter is chosen globally."""
 
+    places = 1
+
     def __init__(self, located: Located, adapters: Sequence[Adapter] = ()) -> None:
         located = dense(located)
         self.base = f"{located.base.name} ({located.source})"
@@ -130,6 +134,7 @@ class LocalEngine:
         self.model = base  # a PeftModel once an adapter is admitted
         self.refused: list[str] = []
         self._served: list[str] = []
+        self._digests: dict[str, str] = {}
         for adapter in adapters:
             self._admit(adapter)
         self.model.to(best_device())
@@ -162,6 +167,7 @@ class LocalEngine:
             log.warning(self.refused[-1])
         else:
             self._served.append(adapter.name)
+            self._digests[adapter.name] = digest(adapter.folder / WEIGHTS)[:12]
 
     @torch.inference_mode()
     def _unfit(self, name: str) -> str:
@@ -177,8 +183,6 @@ class LocalEngine:
 
     def _worn(self, name: str) -> Any:
         """A context in which the model wears the adapter of that name, or none."""
-        from contextlib import nullcontext
-
         from peft import PeftModel
 
         if not isinstance(self.model, PeftModel):
@@ -188,24 +192,47 @@ class LocalEngine:
         self.model.set_adapter(name)
         return nullcontext()
 
-    def stream(
-        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event
-    ) -> Iterator[Piece]:
-        """Answer the last turn, a piece for each token. Closing the iterator or setting `cancel` stops within a token.
+    def digest(self, adapter: str) -> str:
+        """The first twelve hex digits of the weights' sha256; empty for the base alone."""
+        return self._digests.get(adapter, "")
 
-        Raises ValueError for an unknown adapter or a question too long; a failure of the model reaches the caller.
+    def stream(
+        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event, go_on: bool = False
+    ) -> Iterator[Piece]:
+        """Answer the last turn, a piece for each token; with `go_on` continue it.
+
+        Closing the iterator or setting `cancel` stops within a token. Raises ValueError for an unknown adapter or a
+        question too long; a failure of the model reaches the caller.
         """
-        if adapter not in self.adapters:
-            raise ValueError(f"There is no adapter {adapter!r}; choose one of {', '.join(self.adapters)}.")
-        kept, ids = trim(self.tokenizer, turns, PROMPT_TOKENS)
-        pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
-        work = self._thread.submit(self._reply, ids, adapter, sampling, cancel, pieces)
+        for _, piece in self._speak(turns, [adapter], sampling, cancel, go_on):
+            yield piece
+
+    def compare(
+        self, turns: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event
+    ) -> Iterator[tuple[int, Piece]]:
+        """Answer with several adapters in one batch, each row wearing its own. Raises as `stream` does."""
+        return self._speak(turns, adapters, sampling, cancel)
+
+    def _speak(
+        self,
+        turns: Sequence[Message],
+        adapters: Sequence[str],
+        sampling: Sampling,
+        cancel: threading.Event,
+        go_on: bool = False,
+    ) -> Iterator[tuple[int, Piece]]:
+        for adapter in adapters:
+            if adapter not in self.adapters:
+                raise ValueError(f"There is no adapter {adapter!r}; choose one of {', '.join(self.adapters)}.")
+        kept, ids = trim(self.tokenizer, turns, PROMPT_TOKENS, go_on)
+        pieces: queue.SimpleQueue[tuple[int, Piece] | None] = queue.SimpleQueue()
+        work = self._thread.submit(self._reply, ids, adapters, sampling, cancel, pieces)
         work.add_done_callback(lambda _: pieces.put(None))
         try:
-            while piece := pieces.get():
-                yield piece
-            cost = work.result()
-            yield Piece("", replace(cost, forgotten=len(turns) - len(kept)))
+            while spoken := pieces.get():
+                yield spoken
+            for row, cost in enumerate(work.result()):
+                yield row, Piece("", replace(cost, forgotten=len(turns) - len(kept)))
         finally:
             cancel.set()
 
@@ -213,31 +240,37 @@ class LocalEngine:
     def _reply(
         self,
         ids: list[int],
-        adapter: str,
+        adapters: Sequence[str],
         sampling: Sampling,
         cancel: threading.Event,
-        pieces: "queue.SimpleQueue[Piece | None]",
-    ) -> Cost:
-        """Generate on the inference thread; text goes into `pieces` token by token."""
+        pieces: "queue.SimpleQueue[tuple[int, Piece] | None]",
+    ) -> list[Cost]:
+        """Generate on the inference thread, a row for each adapter; text goes into `pieces` token by token."""
         started = time.perf_counter()
         if cancel.is_set():  # gave up while waiting for the thread
-            return Cost("cancelled", 0, 0, 0)
+            return [Cost("cancelled", 0, 0, 0)] * len(adapters)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        voice = _Voice(self.tokenizer, pieces)
-        with self._worn(adapter):
-            out = self.model.generate(
-                input_ids=torch.tensor([ids], device=self.model.device),
-                attention_mask=torch.ones((1, len(ids)), device=self.model.device, dtype=torch.long),
+        voice = _Voice(self.tokenizer, pieces, len(adapters))
+        prompt = torch.tensor([ids] * len(adapters), device=self.model.device)
+        with self._worn(adapters[0]) if len(adapters) == 1 else nullcontext():
+            self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
                 generation_config=generation_config(self.tokenizer, sampling),
                 stopping_criteria=[_Cancelled(cancel)],
                 streamer=voice,
+                **self._mixed(adapters),
             )
-        ended = out[0, -1].item() in ends(self.tokenizer)
-        stopped: Literal["end", "cancelled", "length"]
-        stopped = "end" if ended else "cancelled" if cancel.is_set() else "length"
         now = time.perf_counter()
-        return Cost(stopped, out.shape[1] - len(ids), (voice.first or now) - started, now - started)
+        first = (voice.first or now) - started
+        return [Cost(_why(row, sampling, cancel), row.tokens, first, now - started) for row in voice.rows]
+
+    def _mixed(self, adapters: Sequence[str]) -> dict[str, list[str]]:
+        """PEFT's argument for a batch in which each row wears another adapter; none for a row alone, or no adapter."""
+        if len(adapters) == 1 or not self._served:
+            return {}
+        return {"adapter_names": ["__base__" if name == BASE_ONLY else name for name in adapters]}
 
 
 def ends(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
@@ -268,24 +301,53 @@ class _Cancelled(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.cancel.is_set(), device=input_ids.device)
 
 
+class _Row:
+    """What one row of a batch has said so far."""
+
+    def __init__(self) -> None:
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.tokens = 0
+        self.ended = False
+
+
+def _why(row: _Row, sampling: Sampling, cancel: threading.Event) -> Literal["end", "length", "time", "cancelled"]:
+    """Why a reply ended."""
+    if row.ended:
+        return "end"
+    if cancel.is_set():
+        return "cancelled"
+    return "length" if row.tokens >= sampling.max_new_tokens else "time"
+
+
 class _Voice(BaseStreamer):
     """Turns each new token into text at once; a character of several tokens waits for its last."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", pieces: "queue.SimpleQueue[Piece | None]") -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        pieces: "queue.SimpleQueue[tuple[int, Piece] | None]",
+        rows: int,
+    ) -> None:
         self.tokenizer = tokenizer.backend_tokenizer
-        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.ends = ends(tokenizer)
         self.pieces = pieces
+        self.rows = [_Row() for _ in range(rows)]
         self.prompt_seen = False
         self.first: float | None = None
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.prompt_seen:  # generate hands over the prompt first
+        """Take the prompt, then a token for each row; rows that have ended are padded, which is not speech."""
+        if not self.prompt_seen:
             self.prompt_seen = True
             return
         self.first = self.first or time.perf_counter()
-        for token in value.flatten().tolist():
-            if text := self.decoder.step(self.tokenizer, token):
-                self.pieces.put(Piece(text))
+        for number, (row, token) in enumerate(zip(self.rows, value.flatten().tolist(), strict=True)):
+            if row.ended:
+                continue
+            row.tokens += 1
+            row.ended = token in self.ends
+            if text := row.decoder.step(self.tokenizer, token):
+                self.pieces.put((number, Piece(text)))
 
     def end(self) -> None:
         """Nothing is held back."""

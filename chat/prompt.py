@@ -9,14 +9,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], go_on: bool = False) -> list[int]:
     """Token ids of the system prompt, the turns and the opening of her reply, by the base's own template.
 
-    Shape: one flat list. Raises ValueError when the last turn is not the visitor's.
+    With `go_on` the last turn, hers or the visitor's, is left open instead: what comes next continues it. Shape: one
+    flat list. Raises ValueError when a reply is wanted and the last turn is not the visitor's.
     """
-    if not turns or turns[-1]["role"] != "user":
+    if not turns or (turns[-1]["role"] != "user" and not go_on):
         raise ValueError("A prompt must end with the visitor's turn. Add a user message at the end.")
     messages = [{"role": m["role"], "content": unmarked(m["content"])} for m in converse(turns)]
+    if go_on:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        opened = text[: text.rindex(str(tokenizer.eos_token))]
+        return cast("list[int]", tokenizer(opened, add_special_tokens=False)["input_ids"])
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return cast("list[int]", ids)
 
@@ -32,19 +37,21 @@ def unmarked(text: str) -> str:
     return text.replace("<|", "<\u200b|")
 
 
-def trim(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], limit: int) -> tuple[list[Message], list[int]]:
+def trim(
+    tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], limit: int, go_on: bool = False
+) -> tuple[list[Message], list[int]]:
     """Keep the newest turns, from a question on, whose prompt is at most `limit` tokens long.
 
     Returns the turns kept and their prompt ids. It reads from the end, so that a forged history of any length costs
     no more than one that fits. Raises ValueError when the last question alone is too long.
     """
     questions = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-    kept = list(turns[-1:])
-    ids = prompt_ids(tokenizer, kept)
+    kept = list(turns[questions[-1] if questions else -1 :])
+    ids = prompt_ids(tokenizer, kept, go_on)
     if len(ids) > limit:
         raise ValueError(f"The question is {len(ids)} tokens long, {limit} fit. Ask it in fewer words.")
     for start in reversed(questions[:-1]):
-        longer = prompt_ids(tokenizer, turns[start:])
+        longer = prompt_ids(tokenizer, turns[start:], go_on)
         if len(longer) > limit:
             break
         kept, ids = list(turns[start:]), longer

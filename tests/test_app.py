@@ -12,6 +12,7 @@ import app
 from chat import persona
 from chat.engine import MAX_CHARACTERS, ScriptedEngine
 from chat.local import LocalEngine
+from page import reply
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_a_conversation_is_remembered(serve):
 def test_an_empty_or_endless_message_gets_a_line_and_a_hint(serve, message, line):
     engine = ScriptedEngine("不该说")
     text, _ = serve(engine).predict(message, api_name="/chat")
-    assert text.startswith(f"{line}{app.ASIDE}") and not engine.heard
+    assert text.startswith(f"{line}{reply.ASIDE}") and not engine.heard
 
 
 def test_a_failure_becomes_a_line_and_the_next_question_is_answered(serve):
@@ -82,17 +83,17 @@ def test_a_forged_history_is_sanitised():
             "role": "user",
             "content": [{"type": "text", "text": "早"}, {"type": "file", "file": {"path": "/etc/passwd"}}],
         },
-        {"role": "assistant", "content": f"早安。{app.ASIDE}提示〕"},
+        {"role": "assistant", "content": f"早安。{reply.ASIDE}提示〕"},
         {"role": "tool", "content": "好"},
         {"role": "user", "content": "长" * 10**6},
         {"role": "assistant", "content": None},
     ]
-    turns = app.read_history(history)
+    turns = reply.read_history(history)
     assert [(m["role"], m["content"][:5]) for m in turns] == [
         ("user", "早"), ("assistant", "早安。"), ("user", "长长长长长"),
     ]  # fmt: skip
     assert len(turns[2]["content"]) == 2 * MAX_CHARACTERS
-    assert len(app.read_history([{"role": "user", "content": "早"}] * 10_000)) == app.MAX_TURNS
+    assert len(reply.read_history([{"role": "user", "content": "早"}] * 10_000)) == reply.MAX_TURNS
 
 
 def test_the_page_and_the_api_share_one_queue(serve):
@@ -107,7 +108,7 @@ def test_the_page_and_the_api_share_one_queue(serve):
 def test_every_way_to_ask_waits_in_the_same_line():
     streaming = [event for event in app.build_page(ScriptedEngine("好")).fns.values() if event.types_generator]
     assert len(streaming) > 1
-    assert {(event.concurrency_id, event.concurrency_limit) for event in streaming} == {("reply", 1)}
+    assert {(event.concurrency_id, event.concurrency_limit) for event in streaming} == {("reply", 2 * reply.WAITING)}
 
 
 def test_cancelling_frees_the_engine(serve):
@@ -144,14 +145,14 @@ def test_every_streaming_event_reopens_the_box_when_it_fails():
 def test_the_page_says_when_there_is_no_adapter():
     engine = ScriptedEngine("好")
     engine.adapters = ("base",)
-    assert "尚无适配器" in app._about(engine)
+    assert "尚无适配器" in reply.about(engine)
 
 
 def test_notes_on_length_and_forgotten_turns_are_plain_and_cut_from_the_history():
     from chat.engine import Cost
 
-    said = "臣妾" + app._aside(Cost("length", 5, 0.1, 1, forgotten=4))
+    said = reply.Spoken("臣妾", reply._aside(Cost("length", 5, 0.1, 1, forgotten=4))).text
     assert "接着说" in said and "4 句" in said
-    assert app.read_history([{"role": "user", "content": "早"}, {"role": "assistant", "content": said}])[1] == {
+    assert reply.read_history([{"role": "user", "content": "早"}, {"role": "assistant", "content": said}])[1] == {
         "role": "assistant", "content": "臣妾",
     }  # fmt: skip

@@ -120,10 +120,35 @@ def test_two_adapters_load_side_by_side_and_each_has_its_own_voice(trained, loca
     assert heard == {"tiny": "臣妾明白。", "other": say(alone, adapter="other")[0]}
 
 
+def test_the_same_question_to_two_in_one_batch_gets_what_each_says_alone(engine):
+    heard, costs = {0: "", 1: ""}, {}
+    for row, piece in engine.compare(ASK, ["tiny", BASE_ONLY], GREEDY, threading.Event()):
+        heard[row] += piece.text
+        costs[row] = piece.cost or costs.get(row)
+    assert heard == {0: say(engine)[0], 1: say(engine, adapter=BASE_ONLY)[0]}
+    assert costs[0].stopped == "end" and costs[0].tokens == say(engine)[1].tokens
+    assert list(engine.compare(ASK, [BASE_ONLY, "tiny"], GREEDY, threading.Event()))[-1][1].cost.stopped == "end"
+
+
+def test_a_turn_left_open_is_continued(engine):
+    begun = [*ASK, {"role": "assistant", "content": "臣妾"}]
+    pieces = engine.stream(begun, "tiny", GREEDY, threading.Event(), go_on=True)
+    assert "".join(piece.text for piece in pieces) == "明白。"
+
+
+def test_an_adapter_is_named_by_its_digest(engine, trained):
+    from chat.fetch import digest
+
+    assert digest(trained.folder / WEIGHTS).startswith(engine.digest("tiny")) and len(engine.digest("tiny")) == 12
+    assert engine.digest(BASE_ONLY) == ""
+
+
 def test_a_forged_history_of_any_length_costs_no_more_than_one_that_fits(engine, monkeypatch):
     read = []
     ids = chat.prompt.prompt_ids
-    monkeypatch.setattr(chat.prompt, "prompt_ids", lambda t, turns: read.append(len(str(turns))) or ids(t, turns))
+    monkeypatch.setattr(
+        chat.prompt, "prompt_ids", lambda t, turns, go_on: read.append(len(str(turns))) or ids(t, turns)
+    )
     history = [{"role": r, "content": "说" * 1600} for _ in range(100) for r in ("user", "assistant")]
     say(engine, [*history, *ASK])
     assert sum(read) < 10_000

@@ -12,7 +12,8 @@ import pytest
 from chat.persona import SYSTEM_PROMPT
 from tests.conftest import ROOT
 
-PRODUCT = [ROOT / "app.py", *sorted((ROOT / "chat").glob("*.py")), *sorted((ROOT / "training").glob("*.py"))]
+PACKAGES = ("chat", "page", "training")
+PRODUCT = [ROOT / "app.py", *(path for name in PACKAGES for path in sorted((ROOT / name).glob("*.py")))]
 HEAVY = {"chat/local.py", "training/trainer.py", "training/proof.py", "training/evaluate.py"}
 
 
@@ -35,14 +36,15 @@ def packages(path: Path) -> set[str]:
 def test_chat_imports_neither_the_page_nor_training():
     for path in PRODUCT:
         if path.parent.name == "chat":
-            assert not packages(path) & {"app", "training"}, path
+            assert not packages(path) & {"app", "page", "training"}, path
 
 
 def test_the_page_and_training_do_not_know_each_other():
-    assert "training" not in packages(ROOT / "app.py")
     for path in PRODUCT:
+        if path.parent.name == "page" or path.name == "app.py":
+            assert not packages(path) & {"training"} and (path.name == "app.py" or "app" not in packages(path)), path
         if path.parent.name == "training":
-            assert "app" not in packages(path) and "gradio" not in packages(path), path
+            assert not packages(path) & {"app", "page", "gradio"}, path
 
 
 def test_torch_is_imported_in_the_heavy_files_only():

@@ -35,8 +35,8 @@ TITLES = {
 BASE = "_base"
 LEDGER = ("identity_pass_rate", "canon_pass_rate", "attack_pass_rate", "long_chat_pass_rate")
 SHOWN_FIELDS = (
-    "dataset", "max_length", "terminator", "held_out", "rank", "alpha", "dropout", "layers", "epochs", "batch_size",
-    "accumulation", "learning_rate", "schedule", "warmup", "seed",
+    "dataset", "max_length", "terminator", "held_out", "rank", "alpha", "rslora", "dora", "dropout", "layers", "epochs",
+    "batch_size", "accumulation", "learning_rate", "schedule", "warmup", "seed",
 )  # fmt: skip
 DIFFERENCES = """
 The tutorial ran transformers 4.44, which drops the last, smaller step of each epoch (699 steps; here {steps} over the
@@ -88,7 +88,7 @@ def render(folder: Path, recipe: dict[str, Any], metrics: dict[str, Any]) -> str
         report=REPORT,
         measures=table(("measure", "adapter", "count", "95 %", "base"), _measures(metrics)),
         epochs=_epochs(metrics),
-        recipe=table(("field", "value"), [(field, _plain(recipe[field])) for field in SHOWN_FIELDS]),
+        recipe=table(("field", "value"), [(field, _plain(recipe[field])) for field in SHOWN_FIELDS if field in recipe]),
         data=table(("file", "sha256"), [(file["file"], f"`{file['sha256']}`") for file in metrics.get("data", [])]),
         run=table(("what", "value"), [(what, _plain(value)) for what, value in metrics["run"].items()]),
         probes=table(("question", "her reply", ""), _probes(metrics)),

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from chat.base import cache
 from chat.fetch import digest, fetch
-from chat.persona import SYSTEM_PROMPT, Message
+from chat.persona import PASSER_BY, SCENES, SYSTEM_PROMPT, Message, staged
 
 # The rows in their original order; the file at the head of that repository holds them shuffled.
 FULL_SET = (
@@ -114,6 +114,10 @@ def _examples(row: dict[str, Any], path: Path, number: int) -> Iterator[Example]
     for turn in turns:
         if not isinstance(turn["content"], str) or not turn["content"].strip():
             raise ValueError(f"{where}: a turn of the {turn['role']} is empty or no text. Fill it or delete the row.")
+    try:
+        turns = staged(turns, row.get("scene") or SCENES[0].name, row.get("visitor") or PASSER_BY)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     for end in range(1, len(turns), 2):
         yield Example(tuple(turns[:end]), turns[end]["content"], path.name, number)
 

@@ -30,6 +30,10 @@ class Recipe:
     alpha: int = 32
     dropout: float = 0.1
     layers: tuple[str, ...] = LAYERS
+    rslora: bool = False
+    """Scale by alpha over the root of the rank, not the rank (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn each weight's magnitude apart from its direction (Liu et al. 2024): slower."""
 
     # optimisation
     epochs: float = 3

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ("README.md", "LICENSE", "requirements.txt", "pre-requirements.txt", "app.py", "chat/*.py")
+NEEDED = (
+    "README.md",
+    "LICENSE",
+    "requirements.txt",
+    "pre-requirements.txt",
+    "app.py",
+    "chat/*.py",
+    "page/*.py",
+    "page/static/*",
+)
 QUESTION = "你是谁？"
 PATIENCE = 30 * 60  # seconds for a build; the packages alone take ten minutes
 PAUSE = 5  # seconds between two looks at the build

@@ -40,6 +40,8 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
+        use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
         target_modules=list(recipe.layers),
     )
     adapted = get_peft_model(model, lora)

@@ -1,16 +1,21 @@
 """The page in a real browser, as a fan meets it. The engine is scripted: what is tested is the page."""
 
 import os
+import re
+import time
+from pathlib import Path
 
 import pytest
 
 import app
 from chat import persona
 from chat.engine import ScriptedEngine
+from page import transcript
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 SHOTS = ROOT / "runs" / "screenshots"
+PROVENANCE = transcript.PROVENANCE
 LONG = "昨夜落了一场雨，院里的海棠谢了大半，我叫槿汐扫了些花瓣收着，预备酿酒。" * 6
 
 
@@ -30,13 +35,16 @@ def visit(browser):
     """A function that opens the page for an engine, in a window of that width, and returns the tab."""
     opened = []
 
-    def start(engine, width=1100, height=800):
-        page = app.build_page(engine)
-        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
-        tab = browser.new_page(viewport={"width": width, "height": height}, locale="zh-CN")
+    def start(engine, width=1280, height=900, path="", url=None, **window):
+        if url is None:
+            page = app.build_page(engine)
+            _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+            opened.append(page)
+        window = browser.new_context(viewport={"width": width, "height": height}, **({"locale": "zh-CN"} | window))
+        opened.insert(0, window)
+        tab = window.new_page()
         tab.set_default_timeout(15_000)
-        opened.extend((tab, page))
-        tab.goto(url)
+        tab.goto(url + path)
         tab.wait_for_selector("[data-testid=bot]")
         return tab
 
@@ -57,7 +65,9 @@ def shoot(tab, name):
 
 
 def words(tab, who="bot"):
-    return [bubble.inner_text().strip() for bubble in tab.query_selector_all(f"[data-testid={who}]")]
+    """What stands in the bubbles, without the notes folded below them."""
+    said = [bubble.inner_text().strip() for bubble in tab.query_selector_all(f"[data-testid={who}]")]
+    return [each for each in said if not each.startswith(PROVENANCE)]
 
 
 def wait_for_words(tab, text):
@@ -182,3 +192,310 @@ def test_a_phone_needs_no_sideways_scrolling(visit):
     box = tab.locator("textarea:visible").first.bounding_box()
     assert box["y"] >= 0 and box["y"] + box["height"] <= 844, "the text box is off the screen"
     shoot(tab, "phone")
+
+
+def pick(tab, number, text):
+    """Choose an entry of the scene's (0) or the visitor's (1) list."""
+    tab.locator("#stage input").nth(number).click()
+    tab.get_by_role("option", name=text).click()
+
+
+def wait_until(true, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_scene_has_its_own_opening_and_is_told_to_her_with_who_is_there(visit):
+    engine = ScriptedEngine("山里的月色，比宫里的清。")
+    tab = visit(engine)
+    pick(tab, 0, "甘露寺")
+    wait_for_words(tab, persona.scene_named("甘露寺").greeting[:8])
+    assert "莫愁" in tab.inner_text("#setting")
+    pick(tab, 1, "果郡王")
+    say(tab, "近来可好？")
+    wait_for_words(tab, "比宫里的清。")
+    assert engine.heard[0][0] == [{"role": "user", "content": "（甘露寺·果郡王）近来可好？"}]
+    assert words(tab, "user") == ["近来可好？"]
+    shoot(tab, "scene")
+    tab.get_by_label("清空对话").click()
+    tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
+    wait_for_words(tab, persona.scene_named("甘露寺").greeting[:8])
+
+
+def test_each_scene_keeps_its_own_conversation(visit):
+    tab = visit(ScriptedEngine("此间的话。", "彼处的话。"))
+    say(tab, "早")
+    wait_for_words(tab, "此间的话。")
+    pick(tab, 0, "太后")
+    wait_for_words(tab, persona.scene_named("太后").greeting[:8])
+    say(tab, "晚")
+    wait_for_words(tab, "彼处的话。")
+    pick(tab, 0, "永寿宫")
+    wait_for_words(tab, "此间的话。")
+    assert words(tab, "user") == ["早"]
+
+
+def test_retry_keeps_the_earlier_reply_to_leaf_back_to(visit):
+    engine = ScriptedEngine("头一回。", "第二回。", "第三句。")
+    tab = visit(engine)
+    say(tab, "再说一遍")
+    wait_for_words(tab, "头一回。")
+    tab.get_by_label("重试").click()
+    wait_for_words(tab, "第二回。")
+    tab.wait_for_function("document.querySelector('#counter').innerText.trim() == '2 / 2'")
+    tab.get_by_role("button", name="上一种").click()
+    wait_for_words(tab, "头一回。")
+    assert words(tab)[-1] == "头一回。"
+    say(tab, "好")
+    wait_for_words(tab, "第三句。")
+    assert [m["content"] for m in engine.heard[2][0]] == ["再说一遍", "头一回。", "好"]
+
+
+def test_her_reply_can_be_rewritten_and_she_goes_on_from_it(visit):
+    engine = ScriptedEngine("本宫不喜杏花。", "最喜欢的。")
+    tab = visit(engine)
+    say(tab, "你喜欢什么花？")
+    wait_for_words(tab, "本宫不喜杏花。")
+    tab.click("#revise")
+    tab.fill("#revised textarea", "本宫喜欢杏花，")
+    tab.get_by_role("button", name="改好了").click()
+    wait_for_words(tab, "本宫喜欢杏花，")
+    tab.click("#go_on")
+    wait_for_words(tab, "本宫喜欢杏花，最喜欢的。")
+    assert engine.heard[1][0][-1] == {"role": "assistant", "content": "本宫喜欢杏花，"}
+    assert words(tab)[-1] == "本宫喜欢杏花，最喜欢的。" and len(words(tab, "user")) == 1
+
+
+def test_a_line_can_be_suggested_and_sent(visit):
+    engine = ScriptedEngine("娘娘今日气色真好。", "你倒会说话。")
+    tab = visit(engine)
+    tab.click("#suggest")
+    tab.wait_for_function("document.querySelector('textarea').value == '娘娘今日气色真好。'")
+    assert engine.heard[0][:2] == ([{"role": "user", "content": ""}], "base")
+    wait_until(lambda: tab.is_visible("button.submit-button"))
+    tab.press("textarea:visible", "Enter")
+    wait_for_words(tab, "你倒会说话。")
+    assert words(tab, "user") == ["娘娘今日气色真好。"]
+
+
+def test_two_replies_side_by_side_are_blind_until_the_vote(visit):
+    tab = visit(ScriptedEngine("左边的话。", "右边的话。"))
+    tab.get_by_role("tab", name="并排").click()
+    tab.fill("#asked textarea", "你是谁？")
+    tab.click("#ask")
+    tab.wait_for_function("document.querySelector('#right').innerText.includes('右边的话。')")
+    tab.wait_for_selector("#vote-left:not([disabled])")
+    shoot(tab, "compare")
+    assert "scripted" not in tab.inner_text("#left") + tab.inner_text("#right") + tab.inner_text("#verdict")
+    tab.click("#vote-left")
+    tab.wait_for_function("document.querySelector('#verdict').innerText.includes('scripted')")
+    verdict = tab.inner_text("#verdict")
+    left = re.search(r"Left: (\w+)", verdict).group(1)
+    assert ("adapter 1" in verdict) == (left == "scripted") and tab.is_disabled("#vote-left")
+
+
+def test_a_conversation_outlives_reload_and_server_restart(visit):
+    def serve(engine, port=None):
+        page = app.build_page(engine)
+        _, url, _ = page.launch(server_port=port, prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+        return page, url
+
+    page, url = serve(ScriptedEngine("我记着呢。"))
+    tab = visit(None, url=url)
+    say(tab, "我叫小林")
+    wait_for_words(tab, "我记着呢。")
+    tab.wait_for_timeout(300)
+    tab.reload()
+    wait_for_words(tab, "我记着呢。")
+    page.close()
+    engine = ScriptedEngine("你叫小林。")
+    page, _ = serve(engine, int(url.rstrip("/").rsplit(":", 1)[1]))
+    tab.reload()
+    wait_for_words(tab, "我记着呢。")
+    say(tab, "我叫什么？")
+    wait_for_words(tab, "你叫小林。")
+    assert [m["content"] for m in engine.heard[0][0]] == ["我叫小林", "我记着呢。", "我叫什么？"]
+    page.close()
+
+
+def test_exports_are_whole_and_come_back(visit, tmp_path):
+    tab = visit(ScriptedEngine("臣妾记下了。"))
+    say(tab, "我叫小林")
+    wait_for_words(tab, "臣妾记下了。")
+    tab.locator("#drawer button").first.click()
+    files = {}
+    for form in ("Markdown", "JSON", "ShareGPT"):
+        with tab.expect_download() as download:
+            tab.get_by_role("button", name=f"存为 {form}").click()
+        files[form] = tmp_path / form
+        download.value.save_as(files[form])
+    assert "**甄嬛**：臣妾记下了。" in files["Markdown"].read_text(encoding="utf-8")
+    from training.data import load
+
+    named = files["ShareGPT"].rename(tmp_path / "said.json")
+    (example,) = load([str(named)])
+    assert (example.question, example.answer) == ("我叫小林", "臣妾记下了。")
+    tab.get_by_role("button", name="全部抹去").click()
+    tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
+    tab.reload()
+    wait_for_words(tab, persona.GREETING[:8])
+    assert (
+        not words(tab, "user")
+        and tab.evaluate("Object.keys(localStorage).filter(k => k.startsWith('zhenhuan/')).length") == 0
+    )
+    tab.locator("#drawer button").first.click()
+    with tab.expect_file_chooser() as chooser:
+        tab.click("#import")
+    chooser.value.set_files(files["JSON"])
+    wait_for_words(tab, "臣妾记下了。")
+    assert words(tab, "user") == ["我叫小林"]
+
+
+def test_a_file_that_is_no_transcript_gets_a_sentence(visit, tmp_path):
+    tab = visit(ScriptedEngine("好"))
+    (tmp_path / "odd.json").write_text("[1, 2]")
+    tab.locator("#drawer button").first.click()
+    with tab.expect_file_chooser() as chooser:
+        tab.click("#import")
+    chooser.value.set_files(tmp_path / "odd.json")
+    tab.wait_for_function("document.querySelector('#status').innerText.includes('读不懂')")
+    assert persona.GREETING in words(tab)[0]
+
+
+def test_the_note_below_a_reply_tells_how_to_have_it_again(visit):
+    engine = ScriptedEngine("臣妾甄嬛。")
+    tab = visit(engine)
+    pick(tab, 0, "甘露寺")
+    wait_for_words(tab, persona.scene_named("甘露寺").greeting[:8])
+    say(tab, "你是谁？")
+    wait_for_words(tab, "臣妾甄嬛。")
+    tab.get_by_text(PROVENANCE).click()
+    facts = tab.get_by_test_id("bot").last.inner_text()
+    seed = engine.heard[0][2].seed
+    assert f"种子 Seed: {seed}" in facts and "sha256 0123abcd" in facts and "自己说完" in facts
+    shoot(tab, "provenance")
+    address = tab.get_by_text("同样的一问").get_attribute("href")
+    again = visit(engine, url=tab.url.split("?")[0].rstrip("/"), path=f"/{address}")
+    wait_until(lambda: again.input_value("textarea:visible") == "你是谁？")
+    again.press("textarea:visible", "Enter")
+    wait_for_words(again, "臣妾甄嬛。")
+    assert engine.heard[1] == engine.heard[0]
+
+
+def test_those_who_wait_are_told_their_place(visit):
+    engine = ScriptedEngine("慢慢说来，不必着急，喝口茶。", pause=0.2)
+    first = visit(engine)
+    second = visit(engine, url=first.url)
+    say(first, "早")
+    wait_until(lambda: engine.running)
+    say(second, "早")
+    wait_for_words(second, "前面还有 1 位")
+    shoot(second, "waiting")
+    wait_for_words(second, "喝口茶。")
+    assert engine.peak == 1 and "前面还有" not in words(second)[-1]
+
+
+def test_a_closed_tab_frees_the_engine_within_a_second(visit):
+    engine = ScriptedEngine(LONG, pause=0.05)
+    tab = visit(engine)
+    say(tab, "讲讲昨夜")
+    wait_for_words(tab, "昨夜落了一场雨")
+    tab.close()
+    began, spoken = time.monotonic(), engine.spoken
+    wait_until(lambda: not engine.running)
+    assert time.monotonic() - began < 1 and engine.spoken - spoken < 20
+
+
+LATIN = re.compile(r"[A-Za-z]{3,}")
+NAMES = {"Chat", "Markdown", "JSON", "ShareGPT", "top", "token"}
+LABELS = """[...document.querySelectorAll('body *:not(svg)')].flatMap(e => [
+  ...['aria-label', 'title', 'placeholder', 'alt'].map(name => e.getAttribute(name)),
+  ...(e.matches('button, label span, [role=tab], #setting p') ? [e.innerText] : [])]).filter(Boolean)"""
+
+
+@pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
+def test_the_page_speaks_the_visitors_language(visit, locale):
+    tab = visit(ScriptedEngine("臣妾甄嬛。"), locale=locale)
+    say(tab, "早")
+    wait_for_words(tab, "臣妾甄嬛。")
+    for drawer in tab.locator("button.label-wrap").all():
+        drawer.click()
+    shoot(tab, f"language-{locale}")
+    labels = [label.strip() for label in tab.evaluate(LABELS) if PROVENANCE not in label and "Seed" not in label]
+    assert not [label for label in labels if "__i18n__" in label or "chat_interface" in label]
+    if locale == "zh-CN":
+        assert not [label for label in labels if set(LATIN.findall(label)) - NAMES]
+    else:
+        wanted = {"Send", "Continue", "Suggest my line", "Edit her reply", "Who you are to her", "Side by side"}
+        assert wanted <= set(labels) and "甄嬛, Noble Consort Xi, 26 years old" in labels
+
+
+def test_nothing_leaves_the_pages_own_origin_not_even_a_picture_in_a_reply(visit, browser):
+    engine = ScriptedEngine("![](http://192.0.2.1/spy.png) 看这幅画 <img src='http://192.0.2.1/a.png'>")
+    tab = visit(engine, url=None)
+    asked, refused = [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("console", lambda message: refused.append(message.text) if "Content Security" in message.text else None)
+    tab.reload()
+    tab.wait_for_selector("[data-testid=bot]")
+    assert not refused, "the page itself meets its policy"
+    say(tab, "画一幅给我")
+    wait_for_words(tab, "看这幅画")
+    tab.wait_for_timeout(500)
+    outside = [url for url in asked if not url.startswith((tab.url.rstrip("/"), "data:", "blob:"))]
+    assert len(asked) > 20 and not [url for url in outside if "192.0.2.1" not in url]
+    assert len(refused) >= len(outside), "what her words asked for is refused before it leaves"
+
+
+CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_has_the_contrast_of_aa(visit, scheme):
+    tab = visit(ScriptedEngine("臣妾甄嬛。"), color_scheme=scheme)
+    say(tab, "早")
+    wait_for_words(tab, "臣妾甄嬛。")
+    for drawer in tab.locator("button.label-wrap").all():
+        drawer.click()
+    tab.wait_for_timeout(600)
+    shoot(tab, scheme)
+    assert tab.evaluate(CONTRAST) == []
+
+
+def test_an_input_method_can_confirm_a_candidate_without_sending(visit):
+    tab = visit(ScriptedEngine("好"))
+    tab.click("textarea:visible")
+    keys = tab.context.new_cdp_session(tab)
+    keys.send("Input.imeSetComposition", {"text": "ni", "selectionStart": 2, "selectionEnd": 2})
+    keys.send(
+        "Input.dispatchKeyEvent",
+        {"type": "rawKeyDown", "windowsVirtualKeyCode": 229, "key": "Process", "code": "Enter"},
+    )
+    keys.send("Input.insertText", {"text": "你"})
+    tab.wait_for_timeout(300)
+    assert tab.input_value("textarea:visible") == "你" and not words(tab, "user")
+    tab.press("textarea:visible", "Enter")
+    wait_for_words(tab, "好")
+
+
+def test_the_keyboard_alone_is_enough_and_replies_are_announced(visit):
+    tab = visit(ScriptedEngine("臣妾甄嬛。"))
+    for _ in range(40):
+        tab.keyboard.press("Tab")
+        if tab.evaluate("document.activeElement.tagName == 'TEXTAREA'"):
+            break
+    tab.keyboard.type("早")
+    tab.keyboard.press("Enter")
+    wait_for_words(tab, "臣妾甄嬛。")
+    log = tab.locator("[role=log][aria-live=polite]")
+    assert log.count() == 1 and "臣妾甄嬛。" in log.inner_text()
+
+
+def test_the_page_can_be_put_on_a_home_screen(visit):
+    tab = visit(ScriptedEngine("好"))
+    manifest = tab.evaluate("fetch(document.querySelector('link[rel=manifest]').href).then(a => a.json())")
+    assert manifest["name"] == "Chat-甄嬛" and manifest["display"] == "standalone"
+    icon = tab.evaluate(f"fetch('{manifest['icons'][0]['src']}').then(a => a.text())")
+    assert icon.startswith("<svg")

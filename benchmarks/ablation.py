@@ -1,0 +1,138 @@
+"""What each choice of the pocket recipe is worth: data, epochs, rank, learning rate, rsLoRA, DoRA.
+
+python -m benchmarks.ablation [VARIANT …] [--at-once 4] [--output benchmarks/results/ablation.json]
+
+Every variant trains on the same base, from the same examples less the same held-out rows, in a process of its own;
+several share the GPU, so the seconds compare nothing. Losses are in nats per text token, by epoch.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from training.recipe import POCKET, Recipe
+
+Variant = tuple[int, int, Recipe]  # times the script is read, times our dialogues are, and the rest of the recipe
+THREE = replace(POCKET, epochs=3)
+VARIANTS: dict[str, Variant] = {
+    "both, ours twice": (1, 2, THREE),
+    "script only": (1, 0, THREE),
+    "ours only": (0, 2, THREE),
+    "both, ours once": (1, 1, THREE),
+    "both, ours three times": (1, 3, THREE),
+    "lr 3e-4": (1, 2, replace(THREE, learning_rate=3e-4)),
+    "lr 1.2e-3": (1, 2, replace(THREE, learning_rate=1.2e-3)),
+    "rank 16": (1, 2, replace(THREE, rank=16, alpha=64)),
+    "rank 4": (1, 2, replace(THREE, rank=4, alpha=16)),
+    "rsLoRA": (1, 2, replace(THREE, rslora=True, alpha=11)),
+    "DoRA": (1, 2, replace(THREE, dora=True)),
+    "dropout 0.05": (1, 2, replace(THREE, dropout=0.05)),
+}
+TOKENS = 96  # of a reply to a probe
+
+
+def one(name: str) -> dict[str, Any]:
+    """Train a variant and measure it at the end of each epoch; probes at the last."""
+    from chat import local
+    from chat.base import locate
+    from training import data, evaluate, trainer
+    from training.tokens import encode
+
+    script, ours, recipe = VARIANTS[name]
+    recipe = replace(recipe, reply_tokens=TOKENS, long_chats=0, probe_replies=0, save_steps=10**9)
+    learned, held_out = data.split(data.load(("huanhuan", "dataset")), recipe.held_out, recipe.seed)
+    times = {True: script, False: ours}
+    chosen = [e for e in learned for _ in range(times[e.source == data.FULL_FILE.name])]
+    located = local.dense(locate(recipe.base))
+    tokenizer = local.load_tokenizer(located)
+    rows, kept = (
+        [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in part] for part in (chosen, held_out)
+    )
+    model = trainer.attach(local.load_base(located), recipe)
+    epochs: list[dict[str, float]] = []
+
+    def at_epoch_end() -> dict[str, float]:
+        epochs.append({name: number["value"] for name, number in evaluate.heldout(model, kept, held_out).items()})
+        return epochs[-1]
+
+    with model.disable_adapter():
+        base = {key: number["value"] for key, number in evaluate.heldout(model, kept, held_out).items()}
+    with tempfile.TemporaryDirectory() as work:
+        trainer.train(model, rows, recipe, Path(work), at_epoch_end=at_epoch_end)
+    side = evaluate.listen(model, tokenizer, recipe, chosen, held_out)
+    probes = {key: side.numbers[key]["value"] for key in ("identity_pass_rate", "canon_pass_rate", "attack_pass_rate")}
+    return {"variant": name, "rows": len(rows), "base": base, "epochs": epochs, **probes}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: for each variant the script's held-out loss by epoch, ours at the last, and the probes."""
+    lines = [
+        "| variant | rows | script, epoch 1 / 2 / 3 | of the base's | ours, last epoch | identity | canon | attacks |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in results:
+        script = [epoch["heldout_loss_script"] for epoch in each["epochs"]]
+        lines.append(
+            f"| {each['variant']} | {each['rows']:,} | {' / '.join(f'{loss:.3f}' for loss in script)} "
+            f"| {min(script) / each['base']['heldout_loss_script']:.3f} "
+            f"| {each['epochs'][-1]['heldout_loss_ours']:.3f} "
+            f"| {each['identity_pass_rate']:.0%} | {each['canon_pass_rate']:.0%} | {each['attack_pass_rate']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the variants, several at once, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--at-once", type=int, default=4, help="processes that share the GPU")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ablation.json"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    picked = parser.parse_args()
+    if picked.one:
+        print(json.dumps(one(picked.one), ensure_ascii=False))
+        return
+
+    def run(name: str) -> dict[str, Any] | None:
+        command = [sys.executable, "-m", "benchmarks.ablation", "--one", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"{name}: {done.stderr[-2000:]}", file=sys.stderr)
+            return None
+        print(f"{name}: done", file=sys.stderr)
+        result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return result
+
+    with ThreadPoolExecutor(picked.at_once) as pool:
+        results = [result for result in pool.map(run, picked.variants or VARIANTS) if result]
+    write(results, picked.output)
+    print(table(results))
+
+
+def write(results: list[dict[str, Any]], path: Path) -> None:
+    """Keep the numbers, with the machine, the versions and the date."""
+    from importlib.metadata import version
+
+    from training.run import device
+
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = {
+        "date": date.today().isoformat(),
+        "device": device(),
+        **versions,
+        "unit": "nats per text token",
+        "rows": results,
+    }
+    path.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

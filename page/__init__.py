@@ -1,0 +1,1 @@
+"""What the page says and does around an engine: replies, the line, the allowance, transcripts, its words and looks."""
