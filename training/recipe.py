@@ -76,10 +76,12 @@ class Recipe:
 # are held out here unless --held-out 0 is given. It ends replies with the pad token.
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
+# Who she is, and that she stays so, stands in these files alone: they are read three times.
+FACTS = tuple(f"dataset/{name}.jsonl" for name in ("identity", "visitors", "canon", "palace", "steadfast"))
 POCKET = Recipe(
     name="pocket",
     base="small",
-    dataset=("huanhuan", "dataset", "dataset"),  # our own are read twice: who she is stands only there
+    dataset=("huanhuan", "dataset", *FACTS, *FACTS),
     dropout=0.2,
     batch_size=16,
     accumulation=1,
@@ -87,6 +89,7 @@ POCKET = Recipe(
     learning_rate=6e-4,
     schedule="cosine",
     warmup=0.05,
+    reply_tokens=128,
 )
 
 # Seconds on a CPU, for tests; its base is made by tests/tiny.py.
