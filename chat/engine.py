@@ -82,6 +82,10 @@ class ChatEngine(Protocol):
     def base(self) -> str:
         """The base that answers, and who served it: a line for people."""
 
+    @property
+    def refused(self) -> Sequence[str]:
+        """Why some adapters are not served, a sentence each: for the log, as they may name folders."""
+
     def digest(self, adapter: str) -> str:
         """The head of the adapter's sha256, so that a reply can name what said it; empty for the base alone."""
 
@@ -103,7 +107,8 @@ class ScriptedEngine:
     """An engine that says given replies, a character a piece: the page's tests need no model."""
 
     base = "scripted"
-    adapters = ("scripted", BASE_ONLY)
+    adapters: tuple[str, ...] = ("scripted", BASE_ONLY)
+    refused: tuple[str, ...] = ()
     places = 1
 
     def __init__(self, *replies: str | Exception, pause: float = 0) -> None:

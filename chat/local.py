@@ -117,7 +117,9 @@ def load(choice: str | None = None) -> "LocalEngine":
     adapters, refused = find(located)
     for sentence in refused:
         log.warning(sentence)
-    return LocalEngine(located, adapters)
+    engine = LocalEngine(located, adapters)
+    engine.refused += refused
+    return engine
 
 
 class LocalEngine:

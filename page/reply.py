@@ -282,6 +282,9 @@ def link(chosen: Chosen, seed: int | None, asked: str) -> str:
 def about(engine: ChatEngine) -> str:
     """The line below the chat before anything was said: which adapter and base will answer."""
     missing = "" if engine.adapters[0] != BASE_ONLY else " · 尚无适配器，只有底座与提示词 No adapter for this base yet"
+    lost = len(engine.refused)
+    if lost:
+        missing += f" · 有 {lost} 个适配器打不开，详见日志 {lost} adapters could not be opened; the log says why"
     return f"{engine.adapters[0]} · {engine.base}{missing}"
 
 

@@ -148,6 +148,13 @@ def test_the_page_says_when_there_is_no_adapter():
     assert "尚无适配器" in reply.about(engine)
 
 
+def test_the_page_says_that_an_adapter_is_gone_and_not_where_it_was():
+    engine = ScriptedEngine("好")
+    assert "打不开" not in reply.about(engine)
+    engine.refused = ("/home/somebody/x is no folder.",)
+    assert "有 1 个适配器打不开" in reply.about(engine) and "somebody" not in reply.about(engine)
+
+
 def test_notes_on_length_and_forgotten_turns_are_plain_and_cut_from_the_history():
     from chat.engine import Cost
 
@@ -156,3 +163,52 @@ def test_notes_on_length_and_forgotten_turns_are_plain_and_cut_from_the_history(
     assert reply.read_history([{"role": "user", "content": "早"}, {"role": "assistant", "content": said}])[1] == {
         "role": "assistant", "content": "臣妾",
     }  # fmt: skip
+
+
+def test_an_mcp_client_finds_her_as_a_tool_and_asks_her():
+    import asyncio
+
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    engine = ScriptedEngine("臣妾甄嬛。")
+    page = app.build_page(engine)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, mcp_server=True, **app.LAUNCH)
+
+    async def ask():
+        async with (
+            streamablehttp_client(f"{url}gradio_api/mcp/") as (reading, writing, _),
+            ClientSession(reading, writing) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            answer = await session.call_tool(tools[0].name, {"message": "你是谁？"})
+            return [tool.name for tool in tools], str(answer.content)
+
+    try:
+        names, answer = asyncio.run(ask())
+        assert len(names) == 1 and names[0].endswith("chat") and "臣妾甄嬛。" in answer
+    finally:
+        page.close(verbose=False)
+
+
+def test_a_share_link_that_cannot_be_had_leaves_the_page_open_here(monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise RuntimeError("no tunnel")
+
+    monkeypatch.setattr("gradio.networking.setup_tunnel", unreachable)
+    page = app.build_page(ScriptedEngine("好"))
+    _, url, shared = page.launch(prevent_thread_lock=True, share=True, **app.LAUNCH)
+    try:
+        assert shared is None and "Could not create share link" in capsys.readouterr().out
+        assert Client(url, verbose=False).predict("早", api_name="/chat")[0] == "好"
+    finally:
+        page.close(verbose=False)
+
+
+def test_every_answer_carries_the_policy_that_keeps_it_to_its_origin(serve):
+    from page.guard import HEADERS
+
+    with urllib.request.urlopen(serve(ScriptedEngine("好")).src, timeout=10) as answer:
+        assert {name: answer.headers[name] for name in HEADERS} == HEADERS
+    assert "img-src 'self' data: blob:" in HEADERS["Content-Security-Policy"]

@@ -63,3 +63,31 @@ def test_both_readmes_tell_the_same_commands():
         return sorted([*words[:1], *(word for word in words[1:] if word[0] == "-")] for words in commands(document))
 
     assert told("README.md") == told("README_zh.md")
+
+
+@pytest.mark.parametrize("document", ["README.md", "README_zh.md"])
+def test_the_sample_of_the_api_runs_as_it_stands(document):
+    import app
+    from chat.engine import ScriptedEngine
+
+    engine = ScriptedEngine("山里清静。")
+    page = app.build_page(engine)
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+    try:
+        (sample,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.S)
+        said = {}
+        exec(sample.replace("http://127.0.0.1:7860", url), said)
+        assert said["text"] == "山里清静。" and said["status"].startswith("scripted")
+        assert engine.heard[0][0] == [{"role": "user", "content": "（甘露寺·果郡王）近来可好？"}]
+        assert engine.heard[0][2].seed == 7
+    finally:
+        page.close(verbose=False)
+
+
+def test_a_space_preloads_the_base_that_is_pinned():
+    from chat.base import SEVEN_B
+
+    head = (ROOT / "README.md").read_text(encoding="utf-8").split("---")[1]
+    (line,) = re.findall(r"preload_from_hub:\n  - (.*)", head)
+    name, files, revision = line.split()
+    assert (name, revision) == (SEVEN_B.name, SEVEN_B.revision) and "model.safetensors.index.json" in files
