@@ -16,6 +16,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told who
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
+from gradio.events import api
 from starlette.middleware import Middleware
 
 from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_NEW_TOKENS, ChatEngine, Sampling
@@ -39,7 +40,8 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
         gr.HTML(_masthead())
         with gr.Row(elem_id="stage"):
             scene = gr.Dropdown(_scenes(), value=SCENES[0].name, label=word("scene"))
-            visitor = gr.Dropdown(callers(SCENES[0].name), value=PASSER_BY, label=word("visitor"))
+            # Everybody at first, for API calls that name a scene; the page narrows the list to the scene at once.
+            visitor = gr.Dropdown(callers(), value=PASSER_BY, label=word("visitor"))
         line = gr.Markdown(setting(SCENES[0].name), elem_id="setting")
         with gr.Accordion(word("voice"), open=False) as voice:
             inputs = [scene, visitor, *_controls(engine)]
@@ -54,6 +56,7 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
         with gr.Tab(word("compare")):
             compare.add(replies, inputs)
         talk.connect()
+        _offer_tool(replies)
     _plain_api(page)
     page.queue(max_size=4 * reply.WAITING)
     return page
@@ -126,6 +129,24 @@ def _chat(replies: Replies, inputs: list[Any], status: gr.Markdown) -> gr.ChatIn
     )  # fmt: skip
 
 
+def _offer_tool(replies: Replies) -> None:
+    """`/ask`, one question without a history: what MCP clients are offered, for a tool of theirs keeps no state."""
+
+    def ask(message: str, request: gr.Request, scene: str = SCENES[0].name, visitor: str = PASSER_BY) -> str:
+        """Ask 甄嬛 of the Qing court one question; she answers in character, in Chinese.
+
+        Args:
+            message: What to say to her.
+            scene: A time of her life: 永寿宫 (today), 初入宫, 盛宠, 甘露寺, 回宫, 封后斗争 or 太后.
+            visitor: Who speaks: 路人 (a passer-by), 皇上, 沈眉庄, 果郡王 and others.
+        """
+        picked = reply.Chosen(scene=scene, visitor=visitor, adapter=replies.engine.adapters[0])
+        *_, spoken = replies.reply(lambda: [reply.question(message)], picked, who(request))
+        return spoken.text
+
+    api(ask, api_name="ask")
+
+
 def _plain_api(page: gr.Blocks) -> None:
     """The API answers in plain strings: her words, without the page's notes."""
     (event,) = [event for event in page.fns.values() if event.api_name == "chat"]
@@ -146,6 +167,15 @@ THEME = gr.themes.Soft(primary_hue="rose", neutral_hue="stone", spacing_size="sm
     block_title_text_color_dark="var(--gold)",
     block_title_padding="0",
 )
+
+
+def hide_chat_from_tools(page: gr.Blocks) -> None:
+    """Leave `/ask` as the one tool: Gradio's MCP server cannot call an event that holds a state, as `/chat` does."""
+    for event in page.fns.values():
+        if event.api_name == "chat":
+            event.api_visibility = "undocumented"
+
+
 LAUNCH: dict[str, Any] = {
     "max_file_size": 1,  # closes the upload route, which Gradio opens even to a page without files
     "enable_monitoring": False,
@@ -177,6 +207,8 @@ def main() -> None:
         from chat.local import load  # here, so that --help and the page's tests need no torch
 
         page = build_page(load(picked.base))
+        if picked.mcp:
+            hide_chat_from_tools(page)
         page.launch(
             server_name=picked.host, server_port=picked.port, share=picked.share, mcp_server=picked.mcp, **LAUNCH
         )

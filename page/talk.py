@@ -14,7 +14,7 @@ from chat.persona import PASSER_BY, Message
 from page import reply, transcript
 from page.reply import Chosen, Replies
 from page.transcript import FORMATS, Alternatives, Shown
-from page.words import SETTING, word
+from page.words import SETTING, VISITORS, word
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 NUMBERS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed")
@@ -41,9 +41,10 @@ def setting(scene: str) -> str:
     return word(SETTING + scene)
 
 
-def callers(scene: str) -> list[tuple[str, str]]:
-    """Those who may come to her in a scene: as the visitor reads them, and by name."""
-    return [(word(name), name) for name in persona.scene_named(scene).visitors]
+def callers(scene: str | None = None) -> list[tuple[str, str]]:
+    """Those who may come to her in a scene, or at all: as the visitor reads them, and by name."""
+    names = persona.scene_named(scene).visitors if scene else VISITORS
+    return [(word(name), name) for name in names]
 
 
 def visitors(scene: str, visitor: str = PASSER_BY) -> Any:
@@ -262,7 +263,7 @@ class Talk:
         changed = self._asked_by_link(query) if "q" in query else {}
         if found:
             changed = self._moved(found.scene, found.visitor) | dict.fromkeys(self.shown, found.messages)
-        return changed or {self.setting: gr.skip()}  # Gradio takes an empty dict for a value
+        return changed or self._moved(persona.SCENES[0].name, PASSER_BY)
 
     def _moved(self, scene: str, visitor: str) -> dict[Any, Any]:
         return {self.inputs[0]: scene, self.inputs[1]: visitors(scene, visitor), self.setting: setting(scene)}

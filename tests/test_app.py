@@ -1,5 +1,7 @@
 """The page on a real server: what a visitor, or a stranger with the API's address, meets."""
 
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +15,7 @@ from chat import persona
 from chat.engine import MAX_CHARACTERS, ScriptedEngine
 from chat.local import LocalEngine
 from page import reply
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -165,31 +168,42 @@ def test_notes_on_length_and_forgotten_turns_are_plain_and_cut_from_the_history(
     }  # fmt: skip
 
 
+MCP_PAGE = """
+import app
+from chat.engine import ScriptedEngine
+page = app.build_page(ScriptedEngine("臣妾甄嬛。"))
+app.hide_chat_from_tools(page)
+_, url, _ = page.launch(prevent_thread_lock=True, quiet=True, mcp_server=True, **app.LAUNCH)
+print("at", url, flush=True)
+page.block_thread()
+"""
+
+
 def test_an_mcp_client_finds_her_as_a_tool_and_asks_her():
     import asyncio
 
     from mcp import ClientSession
     from mcp.client.streamable_http import streamablehttp_client
 
-    engine = ScriptedEngine("臣妾甄嬛。")
-    page = app.build_page(engine)
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, mcp_server=True, **app.LAUNCH)
-
-    async def ask():
+    async def ask(url):
         async with (
             streamablehttp_client(f"{url}gradio_api/mcp/") as (reading, writing, _),
             ClientSession(reading, writing) as session,
         ):
             await session.initialize()
             tools = (await session.list_tools()).tools
-            answer = await session.call_tool(tools[0].name, {"message": "你是谁？"})
+            answer = await session.call_tool(tools[0].name, {"message": "你是谁？", "scene": "太后"})
             return [tool.name for tool in tools], str(answer.content)
 
+    # In a process of its own: Gradio's server does not end while an MCP session is open.
+    page = subprocess.Popen([sys.executable, "-c", MCP_PAGE], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        names, answer = asyncio.run(ask())
-        assert len(names) == 1 and names[0].endswith("chat") and "臣妾甄嬛。" in answer
+        url = next(line.split()[1] for line in page.stdout if line.startswith("at "))
+        names, answer = asyncio.run(asyncio.wait_for(ask(url), 60))
     finally:
-        page.close(verbose=False)
+        page.kill()
+        page.wait()
+    assert names == ["ask"] and "臣妾甄嬛。" in answer
 
 
 def test_a_share_link_that_cannot_be_had_leaves_the_page_open_here(monkeypatch, capsys):
