@@ -64,7 +64,7 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
 
 def _masthead() -> str:
     return (
-        f'<div id="masthead">{PORTRAIT.read_text(encoding="utf-8")}<div><h1>Chat-{NAME}</h1>'
+        f'<div id="masthead">{_static(PORTRAIT.name)}<div><h1>Chat-{NAME}</h1>'
         "<p>与《甄嬛传》里的她说说话。她的话由模型写成，并非真人。</p>"
         f'<p class="english" lang="en">Talk with {NAME} of the Qing court. A model writes her words.</p></div></div>'
     )
@@ -160,6 +160,10 @@ def _plain_api(page: gr.Blocks) -> None:
     event.fn = plain
 
 
+def _static(name: str) -> str:
+    return (STATIC / name).read_text(encoding="utf-8")
+
+
 THEME = gr.themes.Soft(primary_hue="rose", neutral_hue="stone", spacing_size="sm").set(
     block_title_background_fill="transparent",
     block_title_background_fill_dark="transparent",
@@ -183,8 +187,8 @@ LAUNCH: dict[str, Any] = {
     "ssr_mode": False,
     "footer_links": [],
     "theme": THEME,
-    "css_paths": [STATIC / "page.css"],
-    "head": f"<script>{(STATIC / 'page.js').read_text(encoding='utf-8')}</script>",
+    # Not as css_paths: Gradio would rewrite the selectors of media queries so that they match nothing.
+    "head": f"<style>{_static('page.css')}</style><script>{_static('page.js')}</script>",
     "favicon_path": STATIC / "favicon.svg",
     "pwa": True,
     "i18n": LANGUAGES,

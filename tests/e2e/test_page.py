@@ -462,6 +462,9 @@ def test_every_text_has_the_contrast_of_aa(visit, scheme):
     tab.wait_for_timeout(600)
     shoot(tab, scheme)
     assert tab.evaluate(CONTRAST) == []
+    tab.get_by_role("tab", name="并排").click()
+    tab.wait_for_timeout(600)
+    assert tab.evaluate(CONTRAST) == []
 
 
 def test_an_input_method_can_confirm_a_candidate_without_sending(visit):
