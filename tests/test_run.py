@@ -220,3 +220,10 @@ def test_a_wrong_field_is_a_sentence_not_a_traceback():
         [sys.executable, "-m", "training.run", "tiny", "--base", "nowhere"], cwd=ROOT, capture_output=True, text=True
     )
     assert said.returncode == 1 and "Traceback" not in said.stderr and "nowhere" in said.stderr.splitlines()[-1]
+
+
+def test_what_the_gate_would_refuse_at_the_end_is_refused_at_the_start(tiny_run):
+    job = tiny_run(dora=True)
+    with pytest.raises(ValueError, match="plain LoRA only"):
+        run(job)
+    assert not job.work.exists()

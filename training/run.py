@@ -114,6 +114,8 @@ def run(job: Run, api: Any = None) -> Adapter:
 def _prepare(job: Run, output: Path, work: Path) -> None:
     """Refuse early what would be lost or mixed up later, and note the recipe beside its checkpoints."""
     check_name(output.name)
+    if job.recipe.dora:
+        raise ValueError("The chat serves plain LoRA only. Leave --dora out; `benchmarks/ablation.py` measures it.")
     noted = work / RECIPE
     if job.resume:
         if not noted.exists():
