@@ -4,6 +4,7 @@ python app.py [--base small|7b|FOLDER] [--host 0.0.0.0] [--port 7860] [--share] 
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -11,11 +12,18 @@ from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
+
+if __name__ == "__main__":
+    gc.disable()  # starting makes millions of objects that stay; walking them again and again took a fifth of it
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told who chats here
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import gradio as gr
+# Gradio writes type stubs for editors into its own package at every import, which takes 2 of its 4 s; it leaves out
+# a class whose file it cannot find.
+with mock.patch("inspect.getfile", side_effect=OSError):
+    import gradio as gr
 from gradio.events import api
 from starlette.middleware import Middleware
 
@@ -210,12 +218,18 @@ def main() -> None:
     try:
         from chat.local import load  # here, so that --help and the page's tests need no torch
 
-        page = build_page(load(picked.base))
+        engine = load(picked.base)
+        page = build_page(engine)
         if picked.mcp:
             hide_chat_from_tools(page)
         page.launch(
-            server_name=picked.host, server_port=picked.port, share=picked.share, mcp_server=picked.mcp, **LAUNCH
-        )
+            server_name=picked.host, server_port=picked.port, share=picked.share, mcp_server=picked.mcp,
+            prevent_thread_lock=True, **LAUNCH,
+        )  # fmt: skip
+        engine.wait()
+        gc.freeze()
+        gc.enable()
+        page.block_thread()
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         sys.exit(f"Chat-甄嬛 cannot start: {error}")
 

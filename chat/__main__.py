@@ -19,7 +19,7 @@ def main() -> None:
     try:
         from chat.local import load  # here, so that --help answers at once
 
-        engine = load(chosen.base)
+        engine = load(chosen.base).wait()
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))
     talk(engine, chosen.adapter or engine.adapters[0])

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -75,6 +76,10 @@ class ChatEngine(Protocol):
         """How many replies it can give at once; more wait in line."""
 
     @property
+    def ready(self) -> bool:
+        """Whether it answers at once; while it is still being loaded, a reply waits for that."""
+
+    @property
     def adapters(self) -> Sequence[str]:
         """Names that `stream` takes, the default first; BASE_ONLY is always among them."""
 
@@ -103,6 +108,60 @@ class ChatEngine(Protocol):
         """Answer the last turn with several adapters in one batch: pieces, each with its adapter's position."""
 
 
+class Awaited:
+    """An engine that another thread is still making: the page can open around it, a reply waits until it is there.
+
+    `base` and `adapters` are what the engine is expected to serve, `make` returns it; what `make` raises, `wait` and
+    every reply raise too.
+    """
+
+    places = 1
+
+    def __init__(self, base: str, adapters: Sequence[str], make: Callable[[], ChatEngine]) -> None:
+        self._base, self._adapters = base, [*adapters, BASE_ONLY]
+        self._making = ThreadPoolExecutor(1, thread_name_prefix="loading").submit(make)
+
+    def wait(self) -> ChatEngine:
+        """The engine, once it is there."""
+        return self._making.result()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine is there."""
+        return self._making.done()
+
+    @property
+    def base(self) -> str:
+        """The base that answers."""
+        return self.wait().base if self.ready else self._base
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """What is served; an adapter that the engine turns down leaves the list when the engine is there."""
+        return self.wait().adapters if self.ready else self._adapters
+
+    @property
+    def refused(self) -> Sequence[str]:
+        """Why some adapters are not served."""
+        return self.wait().refused if self.ready else ()
+
+    def digest(self, adapter: str) -> str:
+        """The head of the adapter's sha256."""
+        return self.wait().digest(adapter)
+
+    def stream(
+        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event, go_on: bool = False
+    ) -> Iterator[Piece]:
+        """As the engine's own."""
+        return self.wait().stream(turns, adapter, sampling, cancel, go_on)
+
+    def compare(
+        self, turns: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event
+    ) -> Iterator[tuple[int, Piece]]:
+        """As the engine's own."""
+        return self.wait().compare(turns, adapters, sampling, cancel)
+
+
 class ScriptedEngine:
     """An engine that says given replies, a character a piece: the page's tests need no model."""
 
@@ -110,6 +169,7 @@ class ScriptedEngine:
     adapters: tuple[str, ...] = ("scripted", BASE_ONLY)
     refused: tuple[str, ...] = ()
     places = 1
+    ready = True
 
     def __init__(self, *replies: str | Exception, pause: float = 0) -> None:
         self.replies = list(replies)

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from chat import base as bases
 from chat.adapter import WEIGHTS, Adapter, find
 from chat.base import Located, dense_folder
-from chat.engine import BASE_ONLY, Cost, Piece, Sampling
+from chat.engine import BASE_ONLY, Awaited, ChatEngine, Cost, Piece, Sampling
 from chat.fetch import digest
 from chat.persona import OPENERS, Message
 from chat.prompt import prompt_ids, trim
@@ -111,25 +111,40 @@ def load_base(located: Located, device: str | None = None) -> "PreTrainedModel":
     return loaded
 
 
-def load(choice: str | None = None) -> "LocalEngine":
-    """The engine of this machine, with every adapter that fits its base. Raises Unavailable or ValueError."""
+def load(choice: str | None = None) -> Awaited:
+    """The engine of this machine, with every adapter that fits its base; its weights are read in the background.
+
+    The base's files are fetched and the adapters' checked before this returns. Raises Unavailable or ValueError.
+    """
     located = dense(bases.locate(choice or best_base()))
     adapters, refused = find(located)
     for sentence in refused:
         log.warning(sentence)
-    engine = LocalEngine(located, adapters)
-    engine.refused += refused
-    return engine
+
+    def make() -> ChatEngine:
+        engine = LocalEngine(located, adapters)
+        engine.refused += refused
+        return engine
+
+    awaited = Awaited(_served_by(located), [adapter.name for adapter in adapters], make)
+    if os.environ.get(ZERO_GPU):
+        awaited.wait()  # its workers are forked, and what they share must be in memory before
+    return awaited
+
+
+def _served_by(located: Located) -> str:
+    return f"{located.base.name} ({located.source})"
 
 
 class LocalEngine:
     """A base and its adapters in memory. All model work is done on one thread: an adapter is chosen globally."""
 
     places = 1
+    ready = True
 
     def __init__(self, located: Located, adapters: Sequence[Adapter] = ()) -> None:
         located = dense(located)
-        self.base = f"{located.base.name} ({located.source})"
+        self.base = _served_by(located)
         self.tokenizer = load_tokenizer(located)
         # On ZeroGPU nothing can run on the GPU before a visitor asks: there adapters are tried on the CPU.
         base: Any = load_base(located, "cpu" if os.environ.get(ZERO_GPU) else None)
@@ -174,7 +189,8 @@ class LocalEngine:
     @torch.inference_mode()
     def _unfit(self, name: str) -> str:
         ids = prompt_ids(self.tokenizer, [{"role": "user", "content": OPENERS[0]}])
-        batch = torch.tensor([ids], device=self.model.device)
+        # Two tokens, so that there is something to attend to; reading the weights is what takes time.
+        batch = torch.tensor([ids[:2]], device=self.model.device)
         with self._worn(BASE_ONLY):
             plain = self.model(batch, logits_to_keep=1).logits
         with self._worn(name):

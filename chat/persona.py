@@ -74,6 +74,7 @@ GREETING, OPENERS = SCENES[0].greeting, SCENES[0].openers
 # Said when no reply can be given; the page adds a plain hint below.
 UNWELL = "本宫忽觉有些乏了，容我歇一歇，你再问一回可好？"
 CROWDED = "殿外候着的人多，劳你稍等片刻，本宫即刻便来。"
+DRESSING = "本宫正在梳妆，你且稍坐，片刻便来。"
 BREATHLESS = "你一句接一句，本宫连茶都顾不上喝。且缓一缓，再慢慢说。"
 SILENT = "你只静静站着，一句话也不说，叫本宫如何答你？"
 LONG_WINDED = "这话太长，本宫听得糊涂了，拣要紧的说罢。"

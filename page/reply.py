@@ -7,6 +7,7 @@ and a plain hint.
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -19,7 +20,7 @@ from chat import persona
 from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_TURNS, ChatEngine, Cost, Piece, Sampling
 from chat.persona import Message
 from page.allowance import Allowance, Exceeded
-from page.line import Full, Line
+from page.line import LOOK, Full, Line
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Replies:
         self.engine = engine
         self.line = Line(engine.places, WAITING)
         self.allowance = Allowance()
+        self.opened = time.monotonic()
         self._answer = cast("Callable[..., Iterator[Piece]]", on_gpu(_answering(engine)))
         self._compare = cast("Callable[..., Iterator[tuple[int, Piece]]]", on_gpu(_comparing(engine)))
 
@@ -155,6 +157,9 @@ class Replies:
             for ahead, seconds in self.line.wait(ticket):
                 waiting = f"前面还有 {ahead} 位，约 {seconds:.0f} 秒。 {ahead} ahead of you, about {seconds:.0f} s."
                 yield [replace(spoken, words=spoken.words or persona.CROWDED, hint=waiting) for spoken in so_far]
+            for seconds in self._until_ready():
+                waiting = f"模型正在装载，已 {seconds:.0f} 秒。 The model is being loaded, for {seconds:.0f} s so far."
+                yield [replace(spoken, words=spoken.words or persona.DRESSING, hint=waiting) for spoken in so_far]
             with self.line.timed():
                 for row, piece in speak(heard, sampling):
                     so_far = [*so_far]
@@ -162,6 +167,13 @@ class Replies:
                     if piece.cost:
                         self.allowance.spend(visitor, piece.cost.tokens)
                     yield so_far
+
+
+    def _until_ready(self) -> Iterator[float]:
+        """While the engine is being loaded: the seconds since the page was built, again and again."""
+        while not self.engine.ready:
+            yield time.monotonic() - self.opened
+            time.sleep(LOOK)
 
 
 def _answering(engine: ChatEngine) -> Callable[..., Iterator[Piece]]:
