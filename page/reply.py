@@ -168,7 +168,6 @@ class Replies:
                         self.allowance.spend(visitor, piece.cost.tokens)
                     yield so_far
 
-
     def _until_ready(self) -> Iterator[float]:
         """While the engine is being loaded: the seconds since the page was built, again and again."""
         while not self.engine.ready:

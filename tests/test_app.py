@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from unittest import mock
 
 import pytest
 from gradio_client import Client
@@ -12,7 +14,7 @@ from gradio_client.exceptions import AppError
 
 import app
 from chat import persona
-from chat.engine import MAX_CHARACTERS, ScriptedEngine
+from chat.engine import BASE_ONLY, MAX_CHARACTERS, Awaited, ScriptedEngine
 from chat.local import LocalEngine
 from page import reply
 from tests.conftest import ROOT
@@ -59,6 +61,27 @@ def test_an_empty_or_endless_message_gets_a_line_and_a_hint(serve, message, line
     engine = ScriptedEngine("不该说")
     text, _ = serve(engine).predict(message, api_name="/chat")
     assert text.startswith(f"{line}{reply.ASIDE}") and not engine.heard
+
+
+def test_the_page_is_open_while_the_model_is_loaded_and_the_first_question_waits_for_it(serve):
+    loaded = threading.Event()
+    engine = Awaited("small", ["her"], lambda: loaded.wait(30) and ScriptedEngine("臣妾明白。"))
+    client = serve(engine)
+    assert (engine.ready, engine.base, engine.adapters) == (False, "small", ["her", BASE_ONLY])
+    job = client.submit("你是谁？", adapter="her", api_name="/chat")
+    waiting, _ = next(iter(job))
+    assert waiting.startswith(persona.DRESSING) and "loaded" in waiting
+    loaded.set()
+    assert job.result(timeout=20)[0] == "臣妾明白。"
+    assert (engine.ready, engine.base) == (True, "scripted")
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_page_with_a_sentence(monkeypatch, capsys):
+    engine = Awaited("small", [], mock.Mock(side_effect=OSError("the shard is damaged; fetch it again")))
+    monkeypatch.setattr("chat.local.load", lambda choice: engine)
+    monkeypatch.setattr(sys, "argv", ["app.py", "--host", "127.0.0.1"])
+    with pytest.raises(SystemExit, match="cannot start: the shard is damaged; fetch it again"):
+        app.main()
 
 
 def test_a_failure_becomes_a_line_and_the_next_question_is_answered(serve):
