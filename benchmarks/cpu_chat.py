@@ -10,11 +10,12 @@ import argparse
 import statistics
 import threading
 import time
+from typing import cast
 
 import torch
 
-from chat.engine import BASE_ONLY, ChatEngine, Cost, Sampling
-from chat.local import load
+from chat.engine import BASE_ONLY, Cost, Sampling
+from chat.local import LocalEngine, load
 from chat.persona import OPENERS, Message
 
 
@@ -26,13 +27,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
     began = time.perf_counter()
-    engine = load(chosen.base).wait()
+    engine = cast(LocalEngine, load(chosen.base).wait())
     print(f"{engine.base}: loaded in {time.perf_counter() - began:.1f} s, {torch.get_num_threads()} threads")
     costs = measure(engine, chosen.tokens, chosen.rounds)
     table(engine, costs)
 
 
-def measure(engine: ChatEngine, tokens: int, rounds: int) -> dict[str, list[Cost]]:
+def measure(engine: LocalEngine, tokens: int, rounds: int) -> dict[str, list[Cost]]:
     """What each reply cost, by adapter; the first round warms up and is not counted."""
     costs: dict[str, list[Cost]] = {BASE_ONLY: [], engine.adapters[0]: []}
     sampling = Sampling(temperature=0, max_new_tokens=tokens)
@@ -44,7 +45,7 @@ def measure(engine: ChatEngine, tokens: int, rounds: int) -> dict[str, list[Cost
     return costs
 
 
-def ask(engine: ChatEngine, question: str, adapter: str, sampling: Sampling) -> Cost:
+def ask(engine: LocalEngine, question: str, adapter: str, sampling: Sampling) -> Cost:
     """The cost of one reply to one short question, a new conversation each."""
     turns: list[Message] = [{"role": "user", "content": question}]
     *_, last = engine.stream(turns, adapter, sampling, threading.Event())
@@ -63,7 +64,7 @@ def bandwidth() -> float:
     return block.numel() * block.element_size() / min(times)
 
 
-def table(engine: ChatEngine, costs: dict[str, list[Cost]]) -> None:
+def table(engine: LocalEngine, costs: dict[str, list[Cost]]) -> None:
     """Print medians, the ratio to the base, and how far the memory would let us go."""
     weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     limit = bandwidth() / weights

@@ -6,7 +6,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from unittest import mock
 
 import pytest
 from gradio_client import Client
@@ -77,7 +76,14 @@ def test_the_page_is_open_while_the_model_is_loaded_and_the_first_question_waits
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_page_with_a_sentence(monkeypatch, capsys):
-    engine = Awaited("small", [], mock.Mock(side_effect=OSError("the shard is damaged; fetch it again")))
+    launched = threading.Event()
+
+    def make():
+        launched.wait(30)
+        raise OSError("the shard is damaged; fetch it again")
+
+    monkeypatch.setattr("gradio.Blocks.launch", lambda *_, **__: launched.set())
+    engine = Awaited("small", [], make)
     monkeypatch.setattr("chat.local.load", lambda choice: engine)
     monkeypatch.setattr(sys, "argv", ["app.py", "--host", "127.0.0.1"])
     with pytest.raises(SystemExit, match="cannot start: the shard is damaged; fetch it again"):

@@ -58,6 +58,7 @@ const zhenhuan = {
   },
 }
 window.zhenhuan = zhenhuan
+document.documentElement.lang = navigator.language // Gradio leaves it at English
 
 // What Gradio tells screen readers in English whatever the language.
 const SPOKEN = [
