@@ -27,7 +27,8 @@ with mock.patch("inspect.getfile", side_effect=OSError):
 from gradio.events import api
 from starlette.middleware import Middleware
 
-from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_NEW_TOKENS, ChatEngine, Sampling
+from chat import load
+from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_NEW_TOKENS, Awaited, ChatEngine, Sampling
 from chat.persona import NAME, PASSER_BY, SCENES
 from page import compare, reply, transcript
 from page.guard import Headers
@@ -216,17 +217,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        from chat.local import load  # here, so that --help and the page's tests need no torch
-
         engine = load(picked.base)
         page = build_page(engine)
         if picked.mcp:
             hide_chat_from_tools(page)
         page.launch(
             server_name=picked.host, server_port=picked.port, share=picked.share, mcp_server=picked.mcp,
-            prevent_thread_lock=True, **LAUNCH,
+            max_threads=max(40, engine.places + 2 * reply.WAITING), prevent_thread_lock=True, **LAUNCH,
         )  # fmt: skip
-        engine.wait()
+        if isinstance(engine, Awaited):
+            engine.wait()
         gc.freeze()
         gc.enable()
         page.block_thread()

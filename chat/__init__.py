@@ -1,1 +1,18 @@
 """What serving and training share: the character, the prompt, the bases, the adapters, the engines."""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chat.engine import ChatEngine
+
+
+def load(base: str | None = None) -> "ChatEngine":
+    """The engine that ENGINE_URL names, else the one of this machine. Raises what `connect` or `load` raises there."""
+    if os.environ.get("ENGINE_URL"):
+        from chat.remote import connect
+
+        return connect()
+    from chat import local  # here, so that --help and the page's tests need no torch
+
+    return local.load(base)

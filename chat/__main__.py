@@ -5,7 +5,9 @@ import logging
 import sys
 import threading
 
-from chat.engine import ChatEngine, Sampling
+from chat import load
+from chat.engine import Awaited, Busy, ChatEngine, Sampling
+from chat.fetch import Unavailable
 from chat.persona import GREETING, NAME, Message
 
 
@@ -16,10 +18,10 @@ def main() -> None:
     parser.add_argument("--adapter", help="an adapter's name, or base for none")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        from chat.local import load  # here, so that --help answers at once
-
-        engine = load(chosen.base).wait()
+        engine = load(chosen.base)
+        engine = engine.wait() if isinstance(engine, Awaited) else engine
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))
     talk(engine, chosen.adapter or engine.adapters[0])
@@ -51,7 +53,7 @@ def _say(engine: ChatEngine, turns: list[Message], adapter: str) -> str:
             print(piece.text, end="", flush=True)
     except KeyboardInterrupt:
         cancel.set()
-    except ValueError as error:
+    except (ValueError, Busy, Unavailable) as error:
         print(error, end="")
     print()
     return said or "……"

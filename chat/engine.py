@@ -66,6 +66,15 @@ class Piece:
 
     text: str
     cost: Cost | None = None
+    waiting: float = 0  # seconds until an engine with too much to do is asked again
+
+
+class Busy(RuntimeError):
+    """The engine has more to answer than it can for now."""
+
+    def __init__(self, message: str, seconds: float = 0) -> None:
+        super().__init__(message)
+        self.seconds = seconds  # after which it may be asked again, by its own word
 
 
 class ChatEngine(Protocol):

@@ -17,13 +17,18 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], g
     """
     if not turns or (turns[-1]["role"] != "user" and not go_on):
         raise ValueError("A prompt must end with the visitor's turn. Add a user message at the end.")
-    messages = [{"role": m["role"], "content": unmarked(m["content"])} for m in converse(turns)]
+    heard = messages(turns)
     if go_on:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        text = str(tokenizer.apply_chat_template(heard, tokenize=False))
         opened = text[: text.rindex(str(tokenizer.eos_token))]
         return cast("list[int]", tokenizer(opened, add_special_tokens=False)["input_ids"])
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(heard, add_generation_prompt=True, return_dict=False)
     return cast("list[int]", ids)
+
+
+def messages(turns: Sequence[Message]) -> list[dict[str, str]]:
+    """What a template, here or on a server, is given: the system prompt, then turns that cannot open others."""
+    return [{"role": turn["role"], "content": unmarked(turn["content"])} for turn in converse(turns)]
 
 
 def reply_ids(tokenizer: "PreTrainedTokenizerFast", reply: str, terminator: str) -> list[int]:

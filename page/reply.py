@@ -17,7 +17,7 @@ import spaces  # before torch: it stands in for CUDA on ZeroGPU
 from gradio import Error
 
 from chat import persona
-from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_TURNS, ChatEngine, Cost, Piece, Sampling
+from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_TURNS, Busy, ChatEngine, Cost, Piece, Sampling
 from chat.persona import Message
 from page.allowance import Allowance, Exceeded
 from page.line import LOOK, Full, Line
@@ -97,6 +97,7 @@ class Replies:
     def __init__(self, engine: ChatEngine) -> None:
         self.engine = engine
         self.line = Line(engine.places, WAITING)
+        self.visitors = max(2 * WAITING, engine.places + WAITING)  # inside at once
         self.allowance = Allowance()
         self.opened = time.monotonic()
         self._answer = cast("Callable[..., Iterator[Piece]]", on_gpu(_answering(engine)))
@@ -135,9 +136,8 @@ class Replies:
         """Stand in line, speak, and turn whatever goes wrong into words."""
         so_far = [Spoken(words) for words in said]
         try:
-            for grown in self._in_turn(turns, chosen, visitor, so_far, speak):
-                so_far = grown
-                yield tuple(so_far)
+            for shown in self._in_turn(turns, chosen, visitor, so_far, speak):
+                yield tuple(shown)
         except Exception as error:  # noqa: BLE001 - whatever it is, the visitor's text box must not lock
             line, hint = excuse(error)
             yield tuple(replace(spoken, words=spoken.words or line, hint=hint) for spoken in so_far)
@@ -156,13 +156,18 @@ class Replies:
         with self.line.ticket() as ticket:
             for ahead, seconds in self.line.wait(ticket):
                 waiting = f"前面还有 {ahead} 位，约 {seconds:.0f} 秒。 {ahead} ahead of you, about {seconds:.0f} s."
-                yield [replace(spoken, words=spoken.words or persona.CROWDED, hint=waiting) for spoken in so_far]
+                yield _meanwhile(so_far, persona.CROWDED, waiting)
             for seconds in self._until_ready():
                 waiting = f"模型正在装载，已 {seconds:.0f} 秒。 The model is being loaded, for {seconds:.0f} s so far."
-                yield [replace(spoken, words=spoken.words or persona.DRESSING, hint=waiting) for spoken in so_far]
+                yield _meanwhile(so_far, persona.DRESSING, waiting)
             with self.line.timed():
                 for row, piece in speak(heard, sampling):
-                    so_far = [*so_far]
+                    if piece.waiting:
+                        waiting = (
+                            f"引擎正忙，{piece.waiting:.0f} 秒后再问。 It is busy; next try in {piece.waiting:.0f} s."
+                        )
+                        yield _meanwhile(so_far, persona.CROWDED, waiting)
+                        continue
                     so_far[row] = _grown(so_far[row], piece, sampling)
                     if piece.cost:
                         self.allowance.spend(visitor, piece.cost.tokens)
@@ -173,6 +178,11 @@ class Replies:
         while not self.engine.ready:
             yield time.monotonic() - self.opened
             time.sleep(LOOK)
+
+
+def _meanwhile(so_far: list[Spoken], line: str, hint: str) -> list[Spoken]:
+    """What stands in the bubbles while a visitor waits: her line where nothing was said yet, and the reason."""
+    return [replace(spoken, words=spoken.words or line, hint=hint) for spoken in so_far]
 
 
 def _answering(engine: ChatEngine) -> Callable[..., Iterator[Piece]]:
@@ -216,7 +226,7 @@ def excuse(error: Exception) -> tuple[str, str]:
     """Her line for what went wrong, and a plain hint; what is not the visitor's doing is logged, without his words."""
     if isinstance(error, Refused):
         return error.line, str(error)
-    if isinstance(error, Full):
+    if isinstance(error, Full | Busy):
         return persona.CROWDED, "候着的人太多，请过一会儿再问。 Too many are waiting; ask again in a while."
     if isinstance(error, Exceeded):
         return persona.BREATHLESS, "问得太急，请歇一分钟再问。 Too many messages; wait a minute."

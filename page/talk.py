@@ -156,7 +156,7 @@ class Talk:
     def _share_one_line(self, streaming: list[Any]) -> None:
         """Everyone may enter: page.line lets them speak in turn, and tells each his place."""
         for event in streaming:
-            event.concurrency_id, event.concurrency_limit = "reply", 2 * reply.WAITING
+            event.concurrency_id, event.concurrency_limit = "reply", self.replies.visitors
 
     def _finish(self, streaming: list[Any]) -> None:
         """Gradio empties the placeholder, and locks the box when an event fails outside us, as a full queue does."""
