@@ -26,11 +26,13 @@ with mock.patch("inspect.getfile", side_effect=OSError):
     import gradio as gr
 from gradio.events import api
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from chat import load
 from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_NEW_TOKENS, Awaited, ChatEngine, Sampling
 from chat.persona import NAME, PASSER_BY, SCENES
-from page import compare, reply, transcript
+from page import compare, metrics, reply, transcript
 from page.guard import Headers
 from page.reply import Replies
 from page.talk import Talk, bubbles, callers, chosen, setting, who
@@ -201,7 +203,10 @@ LAUNCH: dict[str, Any] = {
     "favicon_path": STATIC / "favicon.svg",
     "pwa": True,
     "i18n": LANGUAGES,
-    "app_kwargs": {"middleware": [Middleware(Headers)]},
+    "app_kwargs": {
+        "middleware": [Middleware(Headers)],
+        "routes": [Route("/health", lambda _: PlainTextResponse("ok"))],  # for whoever restarts it when it hangs
+    },
 }
 
 
@@ -219,6 +224,8 @@ def main() -> None:
     try:
         engine = load(picked.base)
         page = build_page(engine)
+        if place := os.environ.get(metrics.SETTING):
+            metrics.serve(place)
         if picked.mcp:
             hide_chat_from_tools(page)
         page.launch(

@@ -19,6 +19,7 @@ from gradio import Error
 from chat import persona
 from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_TURNS, Busy, ChatEngine, Cost, Piece, Sampling
 from chat.persona import Message
+from page import metrics
 from page.allowance import Allowance, Exceeded
 from page.line import LOOK, Full, Line
 
@@ -110,6 +111,7 @@ class Replies:
 
         def speak(heard: list[Message], sampling: Sampling) -> Iterator[tuple[int, Piece]]:
             for piece in self._answer(heard, chosen.adapter, sampling, go_on):
+                metrics.count(chosen.adapter, piece.cost)
                 yield 0, piece
 
         for (spoken,) in self._guarded(turns, chosen, visitor, [said], speak):
@@ -121,7 +123,9 @@ class Replies:
         """The same question to several adapters at once: all replies as they grow."""
 
         def speak(heard: list[Message], sampling: Sampling) -> Iterator[tuple[int, Piece]]:
-            yield from self._compare(heard, list(adapters), sampling)
+            for row, piece in self._compare(heard, list(adapters), sampling):
+                metrics.count(adapters[row], piece.cost)
+                yield row, piece
 
         yield from self._guarded(turns, chosen, visitor, [""] * len(adapters), speak)
 
@@ -139,8 +143,12 @@ class Replies:
             for shown in self._in_turn(turns, chosen, visitor, so_far, speak):
                 yield tuple(shown)
         except Exception as error:  # noqa: BLE001 - whatever it is, the visitor's text box must not lock
+            metrics.fail(error)
             line, hint = excuse(error)
             yield tuple(replace(spoken, words=spoken.words or line, hint=hint) for spoken in so_far)
+        except GeneratorExit:
+            metrics.left.inc()
+            raise
 
     def _in_turn(
         self,
@@ -154,13 +162,16 @@ class Replies:
         sampling = chosen.sampling()
         self.allowance.admit(visitor)
         with self.line.ticket() as ticket:
-            for ahead, seconds in self.line.wait(ticket):
-                waiting = f"前面还有 {ahead} 位，约 {seconds:.0f} 秒。 {ahead} ahead of you, about {seconds:.0f} s."
-                yield _meanwhile(so_far, persona.CROWDED, waiting)
-            for seconds in self._until_ready():
-                waiting = f"模型正在装载，已 {seconds:.0f} 秒。 The model is being loaded, for {seconds:.0f} s so far."
-                yield _meanwhile(so_far, persona.DRESSING, waiting)
-            with self.line.timed():
+            with metrics.waiting.track_inprogress():
+                for ahead, seconds in self.line.wait(ticket):
+                    waiting = f"前面还有 {ahead} 位，约 {seconds:.0f} 秒。 {ahead} ahead of you, about {seconds:.0f} s."
+                    yield _meanwhile(so_far, persona.CROWDED, waiting)
+                for seconds in self._until_ready():
+                    waiting = (
+                        f"模型正在装载，已 {seconds:.0f} 秒。 The model is being loaded, for {seconds:.0f} s so far."
+                    )
+                    yield _meanwhile(so_far, persona.DRESSING, waiting)
+            with metrics.speaking.track_inprogress(), self.line.timed():
                 for row, piece in speak(heard, sampling):
                     if piece.waiting:
                         waiting = (
