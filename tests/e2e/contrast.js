@@ -12,7 +12,7 @@
     const e = walk.currentNode.parentElement, text = walk.currentNode.textContent.trim(), box = e.getBoundingClientRect()
     if (!text || !box.width || e.closest('script, style, [aria-hidden=true], .sr-only') || getComputedStyle(e).visibility == 'hidden') continue
     let opacity = 1; for (let up = e; up; up = up.parentElement) opacity *= Number(getComputedStyle(up).opacity)
-    if (opacity == 0 || e.closest('button:disabled')) continue
+    if (opacity == 0) continue
     const under = ground(e), ink = parse(getComputedStyle(e).color); ink[3] *= opacity
     const [a, b] = [light(over(ink, under)), light(under)].sort((x, y) => y - x)
     if ((a + .05) / (b + .05) < 4.5) poor.push(`${text.slice(0, 20)} ${((a + .05) / (b + .05)).toFixed(2)} ${e.className}`)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import pytest
 
 import app
 from chat import persona
-from chat.engine import ScriptedEngine
+from chat.engine import Awaited, ScriptedEngine
 from page import transcript
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 SHOTS = ROOT / "runs" / "screenshots"
 PROVENANCE = transcript.PROVENANCE
+WINDOWS = {
+    1280: {"viewport": {"width": 1280, "height": 900}},
+    390: {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
+}
 LONG = "昨夜落了一场雨，院里的海棠谢了大半，我叫槿汐扫了些花瓣收着，预备酿酒。" * 6
 
 
@@ -30,17 +35,21 @@ def browser():
         opened.close()
 
 
-@pytest.fixture
-def visit(browser):
-    """A function that opens the page for an engine, in a window of that width, and returns the tab."""
+# Once is enough for what no window changes: the network, the API, what the server does.
+once = pytest.mark.parametrize("visit", [1280], indirect=True)
+
+
+@pytest.fixture(params=WINDOWS)
+def visit(browser, request):
+    """A function that opens the page for an engine, on a desktop and on a phone, and returns the tab."""
     opened = []
 
-    def start(engine, width=1280, height=900, path="", url=None, **window):
+    def start(engine, path="", url=None, **window):
         if url is None:
             page = app.build_page(engine)
             _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
             opened.append(page)
-        window = browser.new_context(viewport={"width": width, "height": height}, **({"locale": "zh-CN"} | window))
+        window = browser.new_context(**({"locale": "zh-CN"} | WINDOWS[request.param] | window))
         opened.insert(0, window)
         tab = window.new_page()
         tab.set_default_timeout(15_000)
@@ -61,7 +70,7 @@ def say(tab, text):
 def shoot(tab, name):
     """Leave a picture for people to look at."""
     SHOTS.mkdir(parents=True, exist_ok=True)
-    tab.screenshot(path=SHOTS / f"{name}.png")
+    tab.screenshot(path=SHOTS / f"{name}-{tab.viewport_size['width']}.png")
 
 
 def words(tab, who="bot"):
@@ -126,6 +135,7 @@ def test_stop_is_offered_however_she_was_asked(visit, way):
     tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 2")
 
 
+@once
 def test_the_page_and_a_stranger_at_the_api_take_turns(visit):
     from gradio_client import Client
 
@@ -184,14 +194,27 @@ def test_an_example_is_one_tap(visit):
     wait_for_words(tab, "臣妾甄嬛。")
 
 
-def test_a_phone_needs_no_sideways_scrolling(visit):
-    tab = visit(ScriptedEngine(LONG), width=390, height=844)
+FIT = (Path(__file__).parent / "fit.js").read_text(encoding="utf-8")
+LOWEST = {1280: 24, 390: 40}  # px of a control: for a mouse, for a finger
+
+
+@pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
+def test_the_page_fits_its_window(visit, locale):
+    tab = visit(ScriptedEngine(LONG), locale=locale)
+    wide, high = tab.viewport_size.values()
+    box = tab.locator("textarea:visible").bounding_box()
+    assert box["y"] + box["height"] <= high, "the text box is off the screen"
+    assert tab.evaluate(FIT, LOWEST[wide]) == []
     say(tab, "讲讲昨夜")
     wait_for_words(tab, LONG[-12:])
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
-    box = tab.locator("textarea:visible").first.bounding_box()
-    assert box["y"] >= 0 and box["y"] + box["height"] <= 844, "the text box is off the screen"
-    shoot(tab, "phone")
+    tab.click("#revise")
+    for drawer in tab.locator("button.label-wrap").all():
+        drawer.click()
+    tab.wait_for_timeout(600)
+    assert tab.evaluate(FIT, LOWEST[wide]) == []
+    tab.get_by_role("tab").last.click()
+    tab.wait_for_timeout(600)
+    assert tab.evaluate(FIT, LOWEST[wide]) == []
 
 
 def pick(tab, number, text):
@@ -397,15 +420,56 @@ def test_those_who_wait_are_told_their_place(visit):
     assert engine.peak == 1 and "前面还有" not in words(second)[-1]
 
 
+def assert_silent_within_a_second(engine):
+    """By the engine's own count of what it said."""
+    time.sleep(1)
+    spoken = engine.spoken
+    time.sleep(0.5)
+    assert 0 < engine.spoken == spoken < len(LONG) and not engine.running
+
+
+@once
 def test_a_closed_tab_frees_the_engine_within_a_second(visit):
     engine = ScriptedEngine(LONG, pause=0.05)
     tab = visit(engine)
     say(tab, "讲讲昨夜")
     wait_for_words(tab, "昨夜落了一场雨")
     tab.close()
-    began, spoken = time.monotonic(), engine.spoken
-    wait_until(lambda: not engine.running)
-    assert time.monotonic() - began < 1 and engine.spoken - spoken < 20
+    assert_silent_within_a_second(engine)
+
+
+def test_stop_frees_the_engine_within_a_second(visit):
+    engine = ScriptedEngine(LONG, pause=0.05)
+    tab = visit(engine)
+    say(tab, "讲讲昨夜")
+    wait_for_words(tab, "昨夜落了一场雨")
+    tab.click("button.stop-button:visible")
+    assert_silent_within_a_second(engine)
+
+
+def test_stop_beside_two_replies_frees_the_engine_within_a_second(visit):
+    engine = ScriptedEngine(LONG, pause=0.05)
+    tab = visit(engine)
+    tab.get_by_role("tab", name="并排").click()
+    tab.fill("#asked textarea", "你是谁？")
+    tab.click("#ask")
+    tab.locator("#left, #right").filter(has_text="昨夜落了一场雨").wait_for()
+    tab.click("#hush")
+    assert_silent_within_a_second(engine)
+
+
+def test_a_question_asked_while_the_model_is_loaded_is_answered_then(visit):
+    engine, loaded = ScriptedEngine("让你久等了。"), threading.Event()
+    awaited = Awaited("scripted", ["scripted"], lambda: loaded.wait(30) and engine)
+    tab = visit(awaited)
+    say(tab, "你是谁？")
+    wait_for_words(tab, persona.DRESSING)
+    assert "模型正在装载" in words(tab)[-1] and not engine.heard
+    shoot(tab, "loading")
+    loaded.set()
+    wait_for_words(tab, "让你久等了。")
+    assert words(tab)[-1] == "让你久等了。" and len(words(tab)) == 2
+    assert tab.is_enabled("textarea:visible")
 
 
 LATIN = re.compile(r"[A-Za-z]{3,}")
@@ -425,6 +489,7 @@ def test_the_page_speaks_the_visitors_language(visit, locale):
     shoot(tab, f"language-{locale}")
     labels = [label.strip() for label in tab.evaluate(LABELS) if PROVENANCE not in label and "Seed" not in label]
     assert not [label for label in labels if "__i18n__" in label or "chat_interface" in label]
+    assert tab.evaluate("document.documentElement.lang") == locale
     if locale == "zh-CN":
         assert not [label for label in labels if set(LATIN.findall(label)) - NAMES]
     else:
@@ -432,6 +497,7 @@ def test_the_page_speaks_the_visitors_language(visit, locale):
         assert wanted <= set(labels) and "甄嬛, Noble Consort Xi, 26 years old" in labels
 
 
+@once
 def test_nothing_leaves_the_pages_own_origin_not_even_a_picture_in_a_reply(visit, browser):
     engine = ScriptedEngine("![](http://192.0.2.1/spy.png) 看这幅画 <img src='http://192.0.2.1/a.png'>")
     tab = visit(engine, url=None)
@@ -496,6 +562,7 @@ def test_the_keyboard_alone_is_enough_and_replies_are_announced(visit):
     assert log.count() == 1 and "臣妾甄嬛。" in log.inner_text()
 
 
+@once
 def test_the_page_can_be_put_on_a_home_screen(visit):
     tab = visit(ScriptedEngine("好"))
     manifest = tab.evaluate("fetch(document.querySelector('link[rel=manifest]').href).then(a => a.json())")
