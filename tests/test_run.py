@@ -142,7 +142,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run_by_step_and_layer(tiny_run, monkeypatch):
     attach = trainer.attach
 
-    def poisoned(model, recipe):
+    def poisoned(model, recipe, profile):
         adapted = attach(model, recipe)
         layer = adapted.base_model.model.model.layers[1].mlp.down_proj.lora_A["default"].weight
         calls = []

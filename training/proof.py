@@ -5,17 +5,19 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from chat.prompt import prompt_ids
 from training.data import Example
+from training.fast import Collator, Step, seed
 from training.recipe import Recipe
 from training.tokens import IGNORED, Encoded
-from training.trainer import flatten, trained_parameters
+from training.trainer import as_features, flatten, trained_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -100,26 +102,48 @@ def histogram(rows: Sequence[Encoded]) -> str:
     return "\n".join([*lines, f"{total:,} tokens an epoch, {learned:,} of them learned ({learned / total:.1%})"])
 
 
-def forecast(model: Any, rows: Sequence[Encoded], recipe: Recipe) -> Forecast:
+def forecast(
+    model: Any, rows: Sequence[Encoded], recipe: Recipe, step: Step | None = None, pause: float = 0.0
+) -> Forecast:
     """Rehearse some passes forward and backward, without a step, and carry time and memory over to the whole run.
 
-    The random state and the gradients are left as they were found.
+    `pause` is what the measuring at the end of an epoch takes, in seconds. The random state and the gradients are left
+    as they were found.
     """
-    drawn = random.Random(recipe.seed)
-    batches = [drawn.sample(rows, min(recipe.batch_size, len(rows))) for _ in range(DRAWN)]
+    drawn, size = random.Random(recipe.seed), recipe.rows_a_step if step else recipe.batch_size
+    batches = [drawn.sample(rows, min(size, len(rows))) for _ in range(DRAWN)]
     batches.sort(key=lambda batch: sum(len(row.input_ids) for row in batch))
     typical, largest = batches[DRAWN // 2], batches[-1]
+    rehearse = partial(_rehearse_fast, step) if step else partial(_rehearse, model)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        _rehearse(model, largest)
+        _seconds(rehearse, largest)
         memory = memory_in_use() + ADAM_BYTES * trained_parameters(model)
-        began = time.perf_counter()
-        for _ in range(REHEARSALS - 1):
-            _rehearse(model, typical)
-        a_pass = (time.perf_counter() - began) / (REHEARSALS - 1)
+        first = _seconds(rehearse, typical)
+        a_pass = sum(_seconds(rehearse, typical) for _ in range(REHEARSALS - 1)) / (REHEARSALS - 1)
     model.zero_grad(set_to_none=True)
-    steps = recipe.steps(len(rows))
+    steps, passes = recipe.steps(len(rows)), 1 if step else recipe.accumulation
+    recorded = len({_shape(batch) for batch in batches}) * (first - a_pass) if step else 0.0
     tokens = sum(len(row.input_ids) for row in rows) * recipe.epochs
-    return Forecast(steps, tokens, a_pass * steps * recipe.accumulation, memory)
+    return Forecast(steps, tokens, a_pass * steps * passes + recorded + pause * recipe.epochs, memory)
+
+
+def _seconds(rehearse: Callable[[Sequence[Encoded]], None], rows: Sequence[Encoded]) -> float:
+    began = time.perf_counter()
+    rehearse(rows)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _shape(rows: Sequence[Encoded]) -> tuple[int, int]:
+    """What the fast profile records apart."""
+    batch = Collator(len(rows))(as_features(rows))
+    return len(batch["input_ids"]), len(batch["picked"])
+
+
+def _rehearse_fast(step: Step, rows: Sequence[Encoded]) -> None:
+    batch = Collator(len(rows))(as_features(rows))
+    step(batch, sum(row.learned for row in rows), seed(0, 0))
 
 
 def _rehearse(model: Any, rows: Sequence[Encoded]) -> None:
@@ -127,8 +151,6 @@ def _rehearse(model: Any, rows: Sequence[Encoded]) -> None:
     flat = {name: value.to(model.device) for name, value in flatten(rows).items()}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         model(**flat, use_cache=False).loss.backward()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def memory_in_use() -> int:

@@ -67,6 +67,11 @@ class Recipe:
         if self.system_prompt != SYSTEM_PROMPT:
             raise ValueError("The system prompt is the character's; change it in chat/persona.py.")
 
+    @property
+    def rows_a_step(self) -> int:
+        """Rows of one optimiser step."""
+        return self.batch_size * self.accumulation
+
     def steps(self, examples: int) -> int:
         """Optimiser steps, counted as transformers 5 counts them: a last, smaller step ends each epoch."""
         return math.ceil(math.ceil(math.ceil(examples / self.batch_size) / self.accumulation) * self.epochs)

@@ -1,10 +1,14 @@
-"""PEFT and transformers.Trainer on flattened batches: no padding, rows isolated by their positions."""
+"""PEFT and transformers.Trainer on flattened batches: no padding, rows isolated by their positions.
+
+Two profiles of one recipe: `faithful` is the stock Trainer, `fast` puts `training.fast` in the place of its step.
+"""
 
 import logging
 import math
 import signal
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +26,8 @@ from transformers import (
     set_seed,
 )
 
+from training import fast
+from training.fast import Collator, Step
 from training.recipe import Recipe
 from training.tokens import Encoded
 
@@ -32,7 +38,7 @@ class Interrupted(RuntimeError):
     """The user pressed Ctrl-C; a checkpoint was written first."""
 
 
-def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+def attach(model: PreTrainedModel, recipe: Recipe, profile: str = "faithful") -> PeftModel:
     """The base with a fresh LoRA on it, in fp32 on a bf16 base; only the LoRA learns."""
     set_seed(recipe.seed)
     lora = LoraConfig(
@@ -46,7 +52,7 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     )
     adapted = get_peft_model(model, lora)
     assert isinstance(adapted, PeftModel)
-    if recipe.gradient_checkpointing:
+    if recipe.gradient_checkpointing and profile == "faithful":  # the fast one does without
         adapted.gradient_checkpointing_enable()  # here, so that the forecast rehearses what the run will do
     return adapted
 
@@ -75,17 +81,19 @@ def train(
     *,
     resume: bool = False,
     at_epoch_end: Callable[[], dict[str, float]] | None = None,
+    step: Step | None = None,
 ) -> list[dict[str, float]]:
     """Train the LoRA in place; checkpoints and the TensorBoard log go to `work`. Returns Trainer's log.
 
-    `at_epoch_end` measures; what it returns is logged. Raises Interrupted after Ctrl-C, ValueError when a gradient
-    is not finite or there is nothing to resume.
+    `at_epoch_end` measures; what it returns is logged. With a `step` the run is fast. Raises Interrupted after Ctrl-C,
+    ValueError when a gradient is not finite or there is nothing to resume.
     """
-    trainer = FiniteTrainer(
+    collator = Collator(recipe.rows_a_step) if step else DataCollatorWithFlattening()
+    trainer = (partial(FastTrainer, step) if step else FiniteTrainer)(
         model=model,
-        args=arguments(recipe, work),
+        args=arguments(recipe, work, fast=step is not None),
         train_dataset=as_features(rows),  # type: ignore[arg-type]  # a list is a dataset to torch
-        data_collator=DataCollatorWithFlattening(),
+        data_collator=collator,
     )
     stop = StopOnInterrupt()
     trainer.add_callback(EpochEnd(trainer, at_epoch_end, stop))
@@ -98,13 +106,13 @@ def train(
     return trainer.state.log_history
 
 
-def arguments(recipe: Recipe, work: Path) -> TrainingArguments:
-    """A recipe as Trainer's arguments."""
+def arguments(recipe: Recipe, work: Path, fast: bool = False) -> TrainingArguments:
+    """A recipe as Trainer's arguments. The fast profile takes all rows of a step at once: the losses are the same."""
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
+        per_device_train_batch_size=recipe.rows_a_step if fast else recipe.batch_size,
+        gradient_accumulation_steps=1 if fast else recipe.accumulation,
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule,
@@ -122,6 +130,8 @@ def arguments(recipe: Recipe, work: Path) -> TrainingArguments:
         remove_unused_columns=False,
         include_num_input_tokens_seen="all",
         dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},
+        logging_nan_inf_filter=False,  # it waits for the GPU at each step; FiniteTrainer looks at the gradients
     )
 
 
@@ -136,18 +146,56 @@ def last_checkpoint(work: Path) -> Path:
 class FiniteTrainer(Trainer):
     """Trainer that stops on the first gradient that is not finite; clipping would spread it to every layer."""
 
+    seen: tuple[int, list[str], torch.Tensor] | None = None
+
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As Trainer's, then one look at all gradients. Raises ValueError naming step and layer."""
         loss = super().training_step(model, *args, **kwargs)
+        self.look(model)
+        self.require_finite()
+        return loss
+
+    def look(self, model: torch.nn.Module) -> None:
+        """Note the norm of each gradient."""
         named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
-        if not norms.isfinite().all():
-            broken = [name for (name, _), norm in zip(named, norms.tolist(), strict=True) if not math.isfinite(norm)]
-            raise ValueError(
-                f"Step {self.state.global_step + 1}: the gradient of {broken[-1]} is not finite "
-                f"({len(broken)} of {len(named)} are not). Lower --learning-rate, or --resume from the last checkpoint."
-            )
+        self.seen = self.state.global_step + 1, [name for name, _ in named], norms
+
+    def require_finite(self) -> None:
+        """Raise ValueError, naming step and layer, when a noted norm is not finite."""
+        if self.seen is None:
+            return
+        step, names, norms = self.seen
+        if norms.isfinite().all():
+            return
+        broken = [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
+        raise ValueError(
+            f"Step {step}: the gradient of {broken[-1]} is not finite ({len(broken)} of {len(names)} are not). "
+            "Lower --learning-rate, or --resume from the last checkpoint."
+        )
+
+
+class FastTrainer(FiniteTrainer):
+    """The same loop around a step of `training.fast`, without waiting for the GPU between two steps."""
+
+    def __init__(self, step: Step, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.step = step
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+        """Loss and gradients; while they are computed, a look at those of the step before. Raises ValueError."""
+        loss = self.step(inputs, inputs["learned"], fast.seed(self.args.seed, self.state.global_step))
+        self.require_finite()
+        self.look(model)
         return loss
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log or self.control.should_save:
+            self.require_finite()  # nothing broken is written
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        self.state.num_input_tokens_seen += inputs["tokens"]  # Trainer's own way waits for the GPU
 
 
 class EpochEnd(TrainerCallback):

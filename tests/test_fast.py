@@ -1,0 +1,135 @@
+"""The fast profile is the faithful one computed otherwise: the same rows, losses, weights and law of dropout."""
+
+import math
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chat.adapter import WEIGHTS
+from chat.local import load_base
+from tests.conftest import TAUGHT
+from training import fast, trainer
+from training.data import load
+from training.recipe import TINY
+from training.run import run
+from training.tokens import encode
+
+EXACT = replace(TINY, batch_size=2, accumulation=2, epochs=3, learning_rate=1e-3, logging_steps=1, save_steps=100)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    return [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])]
+
+
+@pytest.fixture
+def attach(located):
+    """A function that puts a fresh LoRA on the tiny base, with B drawn so that A has gradients from the start."""
+
+    def make(recipe):
+        model = trainer.attach(load_base(located), recipe)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model
+
+    return make
+
+
+def train(model, rows, recipe, work, profile):
+    step = fast.Step(model, recipe.max_length) if profile == "fast" else None
+    history = trainer.train(model, rows, recipe, work, step=step)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return losses, {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_without_dropout_losses_and_weights_are_those_of_the_stock_trainer(attach, rows, tmp_path):
+    stock, weights = train(attach(EXACT), rows[:7], EXACT, tmp_path / "faithful", "faithful")
+    ours, other = train(attach(EXACT), rows[:7], EXACT, tmp_path / "fast", "fast")
+    assert len(stock) == len(ours) == EXACT.steps(7) == 6
+    assert ours == pytest.approx(stock, abs=1e-5)
+    assert all(torch.allclose(weights[name], other[name], atol=1e-5) for name in weights)
+    assert stock[-1] < stock[0]
+
+
+def test_both_see_the_same_rows_at_each_step(attach, rows, tmp_path, monkeypatch):
+    heard = {"faithful": [], "fast": []}
+
+    def listen(profile, collator):
+        def call(self, features, *rest):
+            heard[profile] += [tuple(row["input_ids"]) for row in features]
+            return collator(self, features, *rest)
+
+        return call
+
+    monkeypatch.setattr(fast.Collator, "__call__", listen("fast", fast.Collator.__call__))
+    stock = trainer.DataCollatorWithFlattening
+    monkeypatch.setattr(stock, "__call__", listen("faithful", stock.__call__))
+    for profile in heard:
+        train(attach(EXACT), rows[:7], EXACT, tmp_path / profile, profile)
+    assert heard["faithful"] == heard["fast"] and len(heard["fast"]) == 7 * 3
+
+
+def test_a_batch_is_the_sum_of_its_rows_so_none_sees_another(attach, rows):
+    step = fast.Step(attach(EXACT), 384)
+    features, items = trainer.as_features(rows[:4]), sum(row.learned for row in rows[:4])
+    together = step(fast.Collator(4)(features), items, 0)
+    alone = [step(fast.Collator(4)([row]), items, 0) for row in features]
+    assert together.item() == pytest.approx(sum(loss.item() for loss in alone), abs=1e-4)
+
+
+def test_dropout_follows_the_same_law(attach, rows):
+    recipe = replace(EXACT, dropout=0.1)
+    model, draws = attach(recipe), 120
+    features, items = trainer.as_features(rows[:2]), sum(row.learned for row in rows[:2])
+    flat, batch = trainer.flatten(rows[:2]), fast.Collator(2)(features)
+    model.train()
+    with torch.no_grad():
+        stock = torch.stack([model(**flat, use_cache=False).loss for _ in range(draws)])
+    step = fast.Step(model, 384)
+    ours = torch.stack([step(batch, items, fast.seed(1, number)) for number in range(draws)])
+    error = math.sqrt((stock.var() + ours.var()) / draws)
+    assert abs(stock.mean() - ours.mean()) < 4 * error
+    assert 0.7 < (ours.std() / stock.std()).item() < 1.4
+    assert len(set(ours.tolist())) == draws
+
+
+def test_a_gradient_that_is_not_finite_stops_the_fast_run_and_nothing_broken_is_saved(attach, rows, tmp_path):
+    model = attach(EXACT)
+    with torch.no_grad():
+        dict(model.named_parameters())["base_model.model.model.layers.1.mlp.down_proj.base_layer.weight"][0, 0] = 1e38
+    with pytest.raises(ValueError, match=r"Step 1: the gradient of .*lora.* is not finite.*--resume"):
+        train(model, rows, replace(EXACT, save_steps=1), tmp_path, "fast")
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_fast_run_resumes_exactly_and_serves_what_it_learned(tiny_run, monkeypatch):
+    fields = {"epochs": 6, "dropout": 0.1, "held_out": 0, "probe_replies": 0, "save_steps": 5}
+    straight = replace(tiny_run(name="straight", **fields), profile="fast")
+    run(straight)
+
+    def stop_at_seven(self, args, state, control, **_):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    broken = replace(tiny_run(name="broken", **fields), profile="fast")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.StopOnInterrupt, "on_step_end", stop_at_seven)
+        with pytest.raises(trainer.Interrupted, match="step 7 is saved"):
+            run(broken)
+    run(replace(broken, resume=True))
+    whole, resumed = (load_file(job.output / WEIGHTS) for job in (straight, broken))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_fast_refuses_what_it_does_not_compute(tiny_run):
+    with pytest.raises(ValueError, match="seven layers"):
+        run(replace(tiny_run(layers=("q_proj", "v_proj")), profile="fast"))

@@ -1,0 +1,358 @@
+"""The fast profile: the Trainer's loop around a step written out by hand and recorded as CUDA graphs.
+
+The step is Qwen2's forward and backward for one flattened batch (transformers' modeling_qwen2.py is the original), with
+only what a LoRA needs: no gradient of frozen weights, attention within each row, the head on learned tokens only, the
+last token of a row left out, as nothing is predicted from it. Rows, order, loss, optimiser and schedule are the
+Trainer's own; dropout has the same law with other draws.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn import functional
+
+from training import kernels
+from training.tokens import IGNORED
+
+Tensor = torch.Tensor
+STRIDE = 32  # tokens: a batch is padded to a multiple, and each such length is recorded once
+SHARES = (0.375, 0.5, 1.0)  # of a batch's tokens that are learned; each share is recorded apart
+SALTS = 16  # dropout draws apart of one layer
+
+
+class Group:
+    """Linear layers that read the same input, as one product: their weights become views of one tensor."""
+
+    def __init__(self, layers: Sequence[Any], salt: int) -> None:
+        self.salt = salt
+        self.count = len(layers)
+        self.outs = [layer.out_features for layer in layers]
+        self.weight = torch.cat([layer.base_layer.weight.data for layer in layers])
+        for layer, rows in zip(layers, self.weight.split(self.outs), strict=True):
+            layer.base_layer.weight.data = rows
+        biases = [layer.base_layer.bias for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat([bias.data for bias in biases])
+        self.scale = layers[0].scaling["default"]
+        self.dropout = getattr(layers[0].lora_dropout["default"], "p", 0.0)
+        self.parameters = [layer.lora_A["default"].weight for layer in layers]
+        self.parameters += [layer.lora_B["default"].weight for layer in layers]
+
+    def bind(self, values: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Take views of the step's flat buffers: all A, then all B."""
+        rank = self.parameters[0].shape[0]
+        self.a, self.da = (_joined(part[: self.count]) for part in (values, grads))  # (G·R, in)
+        self.b, self.db = (_joined(part[self.count :]) for part in (values, grads))  # (out, R)
+        self.block = self.weight.new_zeros(len(self.b), self.count * rank)  # B of each layer in its own columns
+
+    def refresh(self) -> None:
+        """Lay B out by blocks, so that one product adds all the layers' LoRA."""
+        rank = self.b.shape[1]
+        for g, rows in enumerate(self.block.split(self.outs)):
+            rows[:, g * rank : (g + 1) * rank] = self.b.split(self.outs)[g]
+
+    def down(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+        """The LoRA's narrow middle, (T, G·R), and what dropout kept."""
+        h, kept = kernels.narrow(x, self.a, self.count, seed, self.salt, self.dropout, self.scale)
+        return h.to(x.dtype), kept
+
+    def forward(self, x: Tensor, h: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x (T, in) through all layers and their LoRA, added to `onto`: (T, out)."""
+        onto = self.bias if onto is None else onto
+        y = x @ self.weight.T if onto is None else torch.addmm(onto, x, self.weight.T)
+        return y.addmm_(h, self.block.T)
+
+    def grow(self, dy: Tensor, h: Tensor) -> None:
+        """Add the gradient of B to the step's buffer."""
+        rank = self.b.shape[1]
+        crossed = dy.T @ h  # (out, G·R): only the blocks count
+        for g, rows in enumerate(crossed.split(self.outs)):
+            self.db.split(self.outs)[g].add_(rows[:, g * rank : (g + 1) * rank])
+
+    def back(self, dy: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+        """dx, from dy (T, out); adds the gradient of A to the step's buffer."""
+        dx = dy @ self.weight
+        kernels.widen(x, self.a, dy @ self.block, dx, self.da, kept, self.dropout, self.scale)
+        return dx
+
+
+def _joined(views: Sequence[Tensor]) -> Tensor:
+    """Neighbouring views of one buffer as one view."""
+    rows = sum(len(view) for view in views)
+    return views[0].as_strided((rows, views[0].shape[1]), views[0].stride())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step reads: one flattened, padded batch. All tensors lie on the model's device."""
+
+    input_ids: Tensor
+    """(T,)"""
+    turns: Tensor
+    """(2, T, head/2) in fp32: cosines and sines of each token's position in its row."""
+    starts: Tensor
+    """(rows + 2,) int32: where rows start, the padding as the last row, then T."""
+    longest: int
+    picked: Tensor
+    """(L,) tokens from which a learned one is predicted, padded."""
+    targets: Tensor
+    """(L,) what is predicted, IGNORED in the padding."""
+    items: Tensor
+    """() learned tokens of the whole optimiser step."""
+
+
+class Layer:
+    """One decoder layer, forward and backward, without autograd."""
+
+    def __init__(self, layer: Any, number: int) -> None:
+        attention, mlp, salt = layer.self_attn, layer.mlp, number * SALTS
+        self.head = attention.head_dim
+        self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], salt)
+        self.out = Group([attention.o_proj], salt + 4)
+        self.gate_up = Group([mlp.gate_proj, mlp.up_proj], salt + 5)
+        self.down = Group([mlp.down_proj], salt + 8)
+        self.norms = [(norm.weight, norm.variance_epsilon) for norm in (layer.input_layernorm,
+                                                                       layer.post_attention_layernorm)]  # fmt: skip
+        self.groups = (self.qkv, self.out, self.gate_up, self.down)
+
+    def forward(self, x: Tensor, rows: Rows, seed: Tensor, last: bool) -> tuple[Tensor, list[Any]]:
+        """x (T, hidden) through the layer, and what the way back needs; after the `last` one only picked tokens."""
+        n1, r1 = _norm(x, *self.norms[0])
+        h1, k1 = self.qkv.down(n1, seed)
+        q, k, v = self._heads(self.qkv.forward(n1, h1))
+        for heads in (q, k):
+            kernels.rotate_(heads, rows.turns[0], rows.turns[1])
+        whole, state = attend(q, k, v, rows)
+        a, x2 = (t[rows.picked] if last else t for t in (whole.flatten(1), x))
+        h2, k2 = self.out.down(a, seed)
+        middle = self.out.forward(a, h2, onto=x2)
+        n2, r2 = _norm(middle, *self.norms[1])
+        h3, k3 = self.gate_up.down(n2, seed)
+        wide = n2 @ self.gate_up.weight.T
+        s = kernels.swiglu(wide, h3, self.gate_up.b)
+        h4, k4 = self.down.down(s, seed)
+        kept = [x, n1, r1, h1, k1, q, k, v, whole, state, a, h2, k2, middle, n2, r2, h3, k3, wide, h4, k4]
+        return self.down.forward(s, h4, onto=middle), kept
+
+    def backward(self, dy: Tensor, kept: list[Any], rows: Rows, last: bool) -> Tensor:
+        """dx, from dy (T, hidden), or of the `last` layer from that of the picked tokens."""
+        x, n1, r1, h1, k1, q, k, v, whole, state, a, h2, k2, middle, n2, r2, h3, k3, wide, h4, k4 = kept
+        up, down = self.gate_up, self.down
+        down.grow(dy, h4)
+        dwide = kernels.swiglu_back(
+            dy @ down.weight, wide, h3, up.b, up.db, down.a, dy @ down.block, down.da, k4, down.dropout, down.scale
+        )
+        dn2 = up.back(dwide, n2, k3)
+        dx = _norm_back(dn2, middle, r2, self.norms[1][0]).add_(dy)
+        self.out.grow(dx, h2)
+        da = self.out.back(dx, a, k2)
+        if last:
+            da, dx = (t.new_zeros(len(x), t.shape[1]).index_add_(0, rows.picked, t) for t in (da, dx))
+        dq, dk, dv = attend_back(da, q, k, v, whole, state, rows)
+        for heads in (dq, dk):
+            kernels.rotate_(heads, rows.turns[0], rows.turns[1], -1)
+        dqkv = torch.cat([d.flatten(1) for d in (dq, dk, dv)], dim=1)
+        self.qkv.grow(dqkv, h1)
+        dn1 = self.qkv.back(dqkv, n1, k1)
+        return _norm_back(dn1, x, r1, self.norms[0][0]).add_(dx)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.unflatten(1, (-1, self.head)) for part in qkv.split(self.qkv.outs, dim=1))
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm and the reciprocal of the root mean square, which the way back needs."""
+    normed: tuple[Tensor, Tensor] = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
+    return normed
+
+
+def _norm_back(dy: Tensor, x: Tensor, rms: Tensor, weight: Tensor) -> Tensor:
+    if x.is_cuda:
+        dx: Tensor = torch.ops.aten._fused_rms_norm_backward(dy, x, [x.shape[-1]], rms, weight, [True, False])[0]
+        return dx
+    d, y = dy * weight, x * rms
+    return (d - y * (d * y).mean(-1, keepdim=True)) * rms
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Any]:
+    """Causal attention within each row, (T, heads, head): FlashAttention on a GPU, and its state for the way back."""
+    if q.is_cuda:
+        out, *state = torch.ops.aten._flash_attention_forward(
+            q, k, v, rows.starts, rows.starts, rows.longest, rows.longest, 0.0, True, False
+        )
+        return out, state
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    bounds = rows.starts.tolist()
+    with torch.enable_grad():
+        parts = [_causal(q[a:b], k[a:b], v[a:b]) for a, b in itertools.pairwise(bounds) if a < b]
+        out = torch.cat(parts)
+    return out.detach(), (out, q, k, v)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def attend_back(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Any, rows: Rows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    if not q.is_cuda:
+        whole, *inputs = state
+        dq, dk, dv = torch.autograd.grad(whole, inputs, dout.view_as(whole))
+        return dq, dk, dv
+    lse, rng, unused, _ = state
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        dout.view_as(q), q, k, v, out.view_as(q), lse, rows.starts, rows.starts, rows.longest, rows.longest,
+        0.0, True, rng, unused,
+    )  # fmt: skip
+    return grads
+
+
+class Step:
+    """Loss and gradients of a batch. On a GPU each shape is recorded at its first batch and replayed after that."""
+
+    def __init__(self, model: PeftModel, longest: int) -> None:
+        self.longest = longest  # tokens of a row
+        qwen: Any = model.get_base_model()
+        self.embed, self.norm, self.head = qwen.model.embed_tokens, qwen.model.norm, qwen.lm_head
+        everywhere = torch.arange(max(longest, STRIDE), device=qwen.device)[None]
+        angles = qwen.model.rotary_emb(torch.zeros(1, device=qwen.device), everywhere)
+        self.turns = torch.stack([part[0].chunk(2, dim=-1)[0] for part in angles])
+        self.layers = [Layer(layer, number) for number, layer in enumerate(qwen.model.layers)]
+        groups = [group for layer in self.layers for group in layer.groups]
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self.device, self.dtype = qwen.device, qwen.dtype
+        sizes = [parameter.numel() for parameter in self.parameters]
+        values = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)  # what multiplies: in the base's type
+        grads = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
+        self.values, self.grads = (
+            [view.view_as(p) for view, p in zip(flat.split(sizes), self.parameters, strict=True)]
+            for flat in (values, grads)
+        )
+        self.flat_grads, self.groups = grads, groups
+        views = zip(self.values, self.grads, strict=True)
+        for group in groups:
+            value, grad = zip(*[next(views) for _ in group.parameters], strict=True)
+            group.bind(value, grad)
+        self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.loss = torch.zeros((), device=self.device)
+        self.graphs: dict[tuple[int, ...], tuple[Rows, Any]] = {}
+        self.pool: Any = None
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor], items: int, seed: int) -> Tensor:
+        """The summed loss of a batch of `Collator` over `items`; gradients are left on the LoRA's parameters."""
+        self.seed.fill_(seed)
+        if self.parameters[0].grad is None:  # a new optimiser step
+            self.flat_grads.zero_()
+        shape = (len(batch["input_ids"]), len(batch["picked"]))
+        if self.device.type != "cuda":
+            self._run(self._rows(batch, items))
+        else:
+            self._replay(shape, batch, items)
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            parameter.grad = grad
+        return self.loss.clone()
+
+    def _rows(self, batch: dict[str, Tensor], items: int) -> Rows:
+        on = {name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "starts", "picked")}
+        turns = self.turns[:, batch["position_ids"].to(self.device, non_blocking=True)]
+        targets = batch["targets"].to(self.device, non_blocking=True)
+        count = torch.full((), items, dtype=torch.float32, device=self.device)
+        return Rows(turns=turns, targets=targets, items=count, longest=self.longest, **on)
+
+    def _replay(self, shape: tuple[int, ...], batch: dict[str, Tensor], items: int) -> None:
+        given = self._rows(batch, items)
+        if shape not in self.graphs:
+            self.graphs[shape] = given, self._record(given)
+        static, graph = self.graphs[shape]
+        for name, tensor in vars(static).items():
+            if isinstance(tensor, Tensor) and tensor is not getattr(given, name):
+                tensor.copy_(getattr(given, name))
+        graph.replay()
+
+    def _record(self, rows: Rows) -> Any:
+        if self.pool is None:  # once outside a graph: kernels are compiled, libraries make their workspaces
+            self.pool = torch.cuda.graph_pool_handle()
+            self._run(rows)
+            self.flat_grads.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self._run(rows)
+        return graph
+
+    def _run(self, rows: Rows) -> None:
+        """Forward and backward; the loss and the gradients are left in the step's buffers."""
+        torch._foreach_copy_(self.values, self.parameters)
+        for group in self.groups:
+            group.refresh()
+        x = self.embed(rows.input_ids)
+        memory = []
+        for layer in self.layers:
+            x, kept = layer.forward(x, rows, self.seed, last=layer is self.layers[-1])
+            memory.append(kept)
+        d = self._loss(x, rows)
+        for layer in reversed(self.layers):
+            d = layer.backward(d, memory.pop(), rows, last=layer is self.layers[-1])
+
+    def _loss(self, x: Tensor, rows: Rows) -> Tensor:
+        """Cross-entropy on the picked tokens, x (L, hidden); returns dx."""
+        x.requires_grad_()
+        with torch.enable_grad():
+            normed = functional.rms_norm(x, x.shape[-1:], self.norm.weight, self.norm.variance_epsilon)
+            logits = self.head(normed).float()
+            loss = functional.cross_entropy(logits, rows.targets, ignore_index=IGNORED, reduction="sum") / rows.items
+            (dx,) = torch.autograd.grad(loss, x)
+        self.loss.copy_(loss.detach())
+        return dx
+
+
+def seed(base: int, step: int) -> int:
+    """What the dropout of a step is drawn from; the layers take what follows it, apart."""
+    return ((base % 2**20) << 40) + (step << 12)
+
+
+def padded(count: int) -> int:
+    """The next multiple of STRIDE."""
+    return math.ceil(count / STRIDE) * STRIDE
+
+
+class Collator:
+    """At most `rows` rows as one padded batch for `Step`: input_ids, position_ids, starts, picked, targets.
+
+    `tokens` says how many there are in the rows, `learned` how many of them are learned.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __call__(self, features: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+        """Join the rows, each without its last token, as nothing is predicted from that."""
+        ids: list[int] = []
+        positions: list[int] = []
+        labels: list[int] = []
+        starts = [0]
+        for row in features:
+            ids += row["input_ids"][:-1]
+            labels += row["labels"][1:]
+            positions += range(len(row["input_ids"]) - 1)
+            starts.append(len(ids))
+        tokens = padded(len(ids))
+        learned = [at for at, label in enumerate(labels) if label != IGNORED]
+        room = next(room for share in SHARES if (room := padded(math.ceil(tokens * share))) >= len(learned))
+        padding, spare = tokens - len(ids), room - len(learned)
+        return {
+            "input_ids": torch.tensor(ids + [0] * padding),
+            "position_ids": torch.tensor([*positions, *range(padding)]),
+            "starts": torch.tensor(starts + [tokens] * (self.rows + 2 - len(starts)), dtype=torch.int32),
+            "picked": torch.tensor(learned + [0] * spare),
+            "targets": torch.tensor([labels[at] for at in learned] + [IGNORED] * spare),
+            "tokens": len(ids) + len(features),
+            "learned": len(learned),
+        }
