@@ -82,6 +82,7 @@ def train(
     resume: bool = False,
     at_epoch_end: Callable[[], dict[str, float]] | None = None,
     step: Step | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train the LoRA in place; checkpoints and the TensorBoard log go to `work`. Returns Trainer's log.
 
@@ -97,7 +98,8 @@ def train(
     )
     stop = StopOnInterrupt()
     trainer.add_callback(EpochEnd(trainer, at_epoch_end, stop))
-    trainer.add_callback(stop)
+    for callback in (stop, *callbacks):
+        trainer.add_callback(callback)
     # PEFT looks for the base's config on the Hub at each checkpoint, to learn that no embedding was resized.
     warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file", module="peft")
     trainer.train(resume_from_checkpoint=str(last_checkpoint(work)) if resume else None)

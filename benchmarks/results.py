@@ -1,0 +1,73 @@
+"""Results of the benchmarks: written as JSON with machine, versions and date, shown as tables in the README.
+
+python -m benchmarks.results    writes the tables of benchmarks/README.md anew
+"""
+
+import json
+import os
+import platform
+import re
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+README = Path(__file__).parent / "README.md"
+TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PACKAGES = ("torch", "transformers", "peft", "gradio")
+
+
+def save(name: str, rows: list[dict[str, Any]], units: dict[str, str], **more: Any) -> None:
+    """Write results/NAME.json; `units` names the columns of numbers, `more` is kept beside the rows."""
+    record = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(), "units": units}
+    text = json.dumps(record | more | {"rows": rows}, ensure_ascii=False, indent=1)
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """The GPU by name, or the processor, and how many cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide a speed, as far as they are here."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except ImportError:
+            continue
+    return found
+
+
+def table(name: str) -> str:
+    """results/NAME.json in Markdown, with a line that says where it was measured."""
+    record = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    columns = list(record["rows"][0])
+    head = [f"{column}, {record['units'][column]}" if column in record["units"] else column for column in columns]
+    lines = [head, ["---"] * len(head), *([_cell(row.get(column)) for column in columns] for row in record["rows"])]
+    packages = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+    where = f"{record['date']} · {record['machine']} · {packages}"
+    return "\n".join([where, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return "" if value is None else str(value)
+
+
+def main() -> None:
+    """Put each table between its marks in the README."""
+    text = README.read_text(encoding="utf-8")
+    README.write_text(TABLE.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
