@@ -34,6 +34,7 @@ from benchmarks import results
 from chat import local
 from chat.base import locate
 from training import data, fast, trainer
+from training.proof import forecast, memory_in_use
 from training.recipe import HUANHUAN, POCKET, Recipe
 from training.tokens import Encoded, encode
 
@@ -43,7 +44,7 @@ ARCHITECTURE = Qwen2Config(  # of Qwen2.5-7B-Instruct
 )  # fmt: skip
 UNITS = {
     "step_seconds": "s", "run_seconds": "s", "total_seconds": "s", "peak_gib": "GiB", "tokens_per_second": "tokens/s",
-    "of_ceiling": "%",
+    "of_ceiling": "%", "forecast": "of the actual",
 }  # fmt: skip
 WARM = 3  # steps not counted
 
@@ -106,22 +107,23 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     step = fast.Step(model, recipe.max_length) if profile == "fast" else None
+    expected = None if profile == "tutorial" else forecast(model, part, recipe, step)
     clock = Clock(step)
     with tempfile.TemporaryDirectory() as work:
         if profile == "tutorial":
             tutorial(model, part, recipe, Path(work), clock, tokenizer)
         else:
             trainer.train(model, part, recipe, Path(work), step=step, callbacks=[clock])
+        torch.cuda.synchronize() if torch.cuda.is_available() else None
     total = time.perf_counter() - began
     a_step = clock.seconds()
     warm_up = total - a_step * (len(clock.ends) - 1)
     tokens = statistics.fmean(len(row.input_ids) for row in rows) * recipe.rows_a_step
-    from training.proof import memory_in_use
-
     return {
         "profile": profile, "step_seconds": round(a_step, 4), "run_seconds": round(a_step * steps, 1),
         "total_seconds": round(warm_up + a_step * steps, 1), "peak_gib": round(memory_in_use() / 2**30, 1),
         "tokens_per_second": round(tokens / a_step), "steps_measured": len(clock.ends) - 1,
+        "forecast": round(expected.seconds / (clock.ends[-1] - clock.ends[0]), 2) if expected else None,
     }  # fmt: skip
 
 

@@ -227,6 +227,8 @@ class Step:
         self.layers = [Layer(layer, number) for number, layer in enumerate(qwen.model.layers)]
         groups = [group for layer in self.layers for group in layer.groups]
         self.parameters = [parameter for group in groups for parameter in group.parameters]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.names = [names[id(parameter)] for parameter in self.parameters]
         self.device, self.dtype = qwen.device, qwen.dtype
         sizes = [parameter.numel() for parameter in self.parameters]
         values = torch.zeros(sum(sizes), dtype=self.dtype, device=self.device)  # what multiplies: in the base's type

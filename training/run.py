@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -104,6 +105,7 @@ def run(job: Run, api: Any = None) -> Adapter:
     began = time.perf_counter()
     history = trainer.train(model, rows, recipe, work, resume=job.resume, at_epoch_end=measure, step=step)
     seconds = time.perf_counter() - began
+    del step  # and what it recorded, which measuring has better use for
     log.info("Actual:   %d steps, %.1f min, %.1f GB", expected.steps, seconds / 60, proof.memory_in_use() / 1e9)
 
     trainer.round_to_bf16(model)
@@ -124,7 +126,8 @@ def _profile(job: Run) -> str:
     plain = set(job.recipe.layers) == set(LAYERS) and not job.recipe.dora
     if job.profile == "fast" and not plain:
         raise ValueError("The fast profile adapts all seven layers, without DoRA. Leave --profile out.")
-    auto = "fast" if plain and torch.cuda.is_available() else "faithful"
+    ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)  # for FlashAttention
+    auto = "fast" if plain and ampere and find_spec("triton") else "faithful"
     return auto if job.profile == "auto" else job.profile
 
 

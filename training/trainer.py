@@ -148,56 +148,68 @@ def last_checkpoint(work: Path) -> Path:
 class FiniteTrainer(Trainer):
     """Trainer that stops on the first gradient that is not finite; clipping would spread it to every layer."""
 
-    seen: tuple[int, list[str], torch.Tensor] | None = None
-
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As Trainer's, then one look at all gradients. Raises ValueError naming step and layer."""
         loss = super().training_step(model, *args, **kwargs)
-        self.look(model)
-        self.require_finite()
-        return loss
-
-    def look(self, model: torch.nn.Module) -> None:
-        """Note the norm of each gradient."""
         named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
         norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
-        self.seen = self.state.global_step + 1, [name for name, _ in named], norms
-
-    def require_finite(self) -> None:
-        """Raise ValueError, naming step and layer, when a noted norm is not finite."""
-        if self.seen is None:
-            return
-        step, names, norms = self.seen
-        if norms.isfinite().all():
-            return
-        broken = [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
-        raise ValueError(
-            f"Step {step}: the gradient of {broken[-1]} is not finite ({len(broken)} of {len(names)} are not). "
-            "Lower --learning-rate, or --resume from the last checkpoint."
-        )
+        require_finite(self.state.global_step + 1, [name for name, _ in named], norms)
+        return loss
 
 
-class FastTrainer(FiniteTrainer):
+def require_finite(step: int, names: Sequence[str], norms: torch.Tensor) -> None:
+    """Raise ValueError, naming step and layer, when the norm of a gradient is not finite."""
+    if norms.isfinite().all():
+        return
+    broken = [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
+    raise ValueError(
+        f"Step {step}: the gradient of {broken[-1]} is not finite ({len(broken)} of {len(names)} are not). "
+        "Lower --learning-rate, or --resume from the last checkpoint."
+    )
+
+
+class FastTrainer(Trainer):
     """The same loop around a step of `training.fast`, without waiting for the GPU between two steps."""
 
     def __init__(self, step: Step, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.step = step
+        on_gpu = step.device.type == "cuda"
+        self.norms = torch.zeros(len(step.names), pin_memory=on_gpu)  # of each gradient, here once it is `known`
+        self.known = torch.cuda.Event() if on_gpu else None
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         """Loss and gradients; while they are computed, a look at those of the step before. Raises ValueError."""
         loss = self.step(inputs, inputs["learned"], fast.seed(self.args.seed, self.state.global_step))
-        self.require_finite()
-        self.look(model)
+        self._require_finite()
+        self.gradients = torch.stack(torch._foreach_norm(self.step.grads))
+        self.norms.copy_(self.gradients, non_blocking=True)
+        if self.known:
+            self.known.record()
         return loss
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """As torch's clip_grad_norm_, on the one buffer that holds all gradients."""
+        norm: torch.Tensor = self.gradients.norm()
+        self.step.flat_grads.mul_((self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _require_finite(self) -> None:
+        if self.known:
+            self.known.synchronize()  # with the step before; the one just begun goes on
+        require_finite(self.state.global_step, self.step.names, self.norms)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log or self.control.should_save:
-            self.require_finite()  # nothing broken is written
+            self._require_finite()  # nothing broken is written
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         self.state.num_input_tokens_seen += inputs["tokens"]  # Trainer's own way waits for the GPU
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: it walks through the whole model at each step."""
+        return 0
 
 
 class EpochEnd(TrainerCallback):
