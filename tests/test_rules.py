@@ -14,7 +14,14 @@ from tests.conftest import ROOT
 
 PACKAGES = ("chat", "page", "training")
 PRODUCT = [ROOT / "app.py", *(path for name in PACKAGES for path in sorted((ROOT / name).glob("*.py")))]
-HEAVY = {"chat/local.py", "training/trainer.py", "training/proof.py", "training/evaluate.py"}
+HEAVY = {
+    "chat/local.py",
+    "training/trainer.py",
+    "training/fast.py",
+    "training/kernels.py",
+    "training/proof.py",
+    "training/evaluate.py",
+}
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:
