@@ -91,6 +91,36 @@ def test_only_the_lora_moves_and_all_of_it(tiny_base, located):
     assert moved == {name for name in before if "lora_" in name}
 
 
+@pytest.mark.parametrize("profile", ["faithful", "fast"])
+def test_a_run_looks_when_told_stops_early_and_keeps_its_best_weights(tiny_base, located, tmp_path, profile):
+    from chat.local import load_base, load_tokenizer
+    from training.data import load
+    from training.fast import Step
+    from training.tokens import encode
+
+    recipe = replace(RECIPES["tiny"], epochs=20, eval_every=2, patience=2)
+    model = trainer.attach(load_base(located), recipe)
+    tokenizer = load_tokenizer(located)
+    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])][:8]
+    losses, seen = iter([3.0, 2.0, 2.5, 2.0, 9.0]), []
+
+    def measure():
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        return {"heldout_loss": next(losses)}
+
+    step = Step(model, recipe.max_length) if profile == "fast" else None
+    history = trainer.train(model, rows, recipe, tmp_path, at_epoch_end=measure, step=step)
+    assert [entry["step"] for entry in history if "heldout_loss" in entry] == [2, 4, 6, 8]
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(weights[name], seen[1][name]) for name in weights)
+    assert not all(torch.equal(seen[3][name], seen[1][name]) for name in weights)
+
+
+def test_stopping_early_without_held_out_rows_is_refused():
+    with pytest.raises(ValueError, match="held-out rows"):
+        replace(RECIPES["tiny"], held_out=0, patience=2)
+
+
 def test_resume_is_exact_to_the_bit(tiny_run, monkeypatch):
     fields = {"epochs": 6, "dropout": 0.1, "held_out": 0, "probe_replies": 0, "save_steps": 5}
     straight = tiny_run(name="straight", **fields)

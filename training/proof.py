@@ -118,7 +118,7 @@ def forecast(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         _seconds(rehearse, largest)
         memory = memory_in_use() + ADAM_BYTES * trained_parameters(model)
-        first = _seconds(rehearse, typical)
+        first = _seconds(rehearse, typical) if step else 0.0
         a_pass = sum(_seconds(rehearse, typical) for _ in range(REHEARSALS - 1)) / (REHEARSALS - 1)
     model.zero_grad(set_to_none=True)
     steps, passes = recipe.steps(len(rows)), 1 if step else recipe.accumulation

@@ -49,6 +49,10 @@ class Recipe:
     gradient_checkpointing: bool = False
     """Less memory, a third more time."""
     seed: int = 42
+    eval_every: int = 0
+    """Steps between two looks at the held-out loss, beside the one at the end of each epoch; 0 for none."""
+    patience: int = 0
+    """Looks without a better held-out loss after which the run stops, and keeps its best weights; 0 never does."""
 
     # bookkeeping
     logging_steps: int = 10
@@ -66,6 +70,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.system_prompt != SYSTEM_PROMPT:
             raise ValueError("The system prompt is the character's; change it in chat/persona.py.")
+        if self.patience and not self.held_out:
+            raise ValueError("Stopping early needs held-out rows to look at. Give --held-out, or leave --patience out.")
 
     @property
     def rows_a_step(self) -> int:

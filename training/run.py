@@ -224,7 +224,7 @@ def _record(history: list[Any], expected: Any, seconds: float, memory: int, rows
         "loss_curve": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
         "heldout_by_epoch": [
             {
-                "epoch": round(e["epoch"]),
+                "epoch": round(e["epoch"], 2),
                 "step": e["step"],
                 "loss": e["heldout_loss"],
                 "terminator": e["heldout_terminator"],

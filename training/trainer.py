@@ -5,6 +5,7 @@ Two profiles of one recipe: `faithful` is the stock Trainer, `fast` puts `traini
 
 import logging
 import math
+import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     DataCollatorWithFlattening,
     PreTrainedModel,
@@ -32,6 +34,8 @@ from training.recipe import Recipe
 from training.tokens import Encoded
 
 log = logging.getLogger(__name__)
+
+BEST = "best.safetensors"  # in the run's folder, when it may stop early
 
 
 class Interrupted(RuntimeError):
@@ -86,8 +90,9 @@ def train(
 ) -> list[dict[str, float]]:
     """Train the LoRA in place; checkpoints and the TensorBoard log go to `work`. Returns Trainer's log.
 
-    `at_epoch_end` measures; what it returns is logged. With a `step` the run is fast. Raises Interrupted after Ctrl-C,
-    ValueError when a gradient is not finite or there is nothing to resume.
+    `at_epoch_end` measures, at other times too if the recipe says so; what it returns is logged. With a `step` the
+    run is fast. Raises Interrupted after Ctrl-C, ValueError when a gradient is not finite or there is nothing to
+    resume.
     """
     collator = Collator(recipe.rows_a_step) if step else DataCollatorWithFlattening()
     trainer = (partial(FastTrainer, step) if step else FiniteTrainer)(
@@ -97,7 +102,7 @@ def train(
         data_collator=collator,
     )
     stop = StopOnInterrupt()
-    trainer.add_callback(EpochEnd(trainer, at_epoch_end, stop))
+    trainer.add_callback(HeldOut(trainer, model, at_epoch_end, stop, recipe))
     for callback in (stop, *callbacks):
         trainer.add_callback(callback)
     # PEFT looks for the base's config on the Hub at each checkpoint, to learn that no embedding was resized.
@@ -105,6 +110,8 @@ def train(
     trainer.train(resume_from_checkpoint=str(last_checkpoint(work)) if resume else None)
     if stop.asked:
         raise Interrupted(f"Stopped; step {trainer.state.global_step} is saved. Go on with --resume.")
+    if recipe.patience and (work / BEST).exists():
+        restore(model, work / BEST)
     return trainer.state.log_history
 
 
@@ -212,18 +219,58 @@ class FastTrainer(Trainer):
         return 0
 
 
-class EpochEnd(TrainerCallback):
-    """Measures at the end of each whole epoch, and logs it where checkpoints keep it."""
+class HeldOut(TrainerCallback):
+    """Measures every so many steps and at the end of each epoch, logs it where checkpoints keep it, and may stop."""
 
     def __init__(
-        self, trainer: Trainer, measure: Callable[[], dict[str, float]] | None, stop: "StopOnInterrupt"
+        self,
+        trainer: Trainer,
+        model: torch.nn.Module,
+        measure: Callable[[], dict[str, float]] | None,
+        stop: "StopOnInterrupt",
+        recipe: Recipe,
     ) -> None:
-        self.trainer, self.measure, self.stop = trainer, measure, stop
+        self.trainer, self.measure, self.stop, self.model = trainer, measure, stop, model
+        self.every, self.patience = recipe.eval_every, recipe.patience
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure where `eval_every` says so."""
+        if self.every and state.global_step % self.every == 0:
+            self._look(state, control)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log what the measure returns."""
-        if self.measure and not self.stop.asked:
-            self.trainer.log(self.measure())
+        """Measure, unless that was just done."""
+        if not self.every or state.global_step % self.every:
+            self._look(state, control)
+
+    def _look(self, state: TrainerState, control: TrainerControl) -> None:
+        if not self.measure or self.stop.asked:
+            return
+        self.trainer.log(self.measure())
+        losses = [entry["heldout_loss"] for entry in state.log_history if "heldout_loss" in entry]
+        best = losses.index(min(losses))
+        if self.patience and best == len(losses) - 1:
+            keep(self.model, Path(str(self.trainer.args.output_dir)) / BEST)
+        if self.patience and len(losses) - 1 - best >= self.patience:
+            log.info("No better held-out loss than %.3f for %d looks: stopping.", losses[best], self.patience)
+            control.should_training_stop = True
+
+
+def keep(model: torch.nn.Module, path: Path) -> None:
+    """Write the LoRA's weights as they are, whole or not at all."""
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    part = path.with_name(path.name + ".part")
+    save_file(weights, part)
+    os.replace(part, path)
+
+
+def restore(model: torch.nn.Module, path: Path) -> None:
+    """Give the LoRA the weights of `keep`."""
+    kept = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(kept[name])
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -262,7 +309,6 @@ def round_to_bf16(model: PeftModel) -> None:
 def save(model: PeftModel, folder: Path) -> None:
     """Write adapter_config.json and the weights in bf16."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     from chat.adapter import WEIGHTS
 
