@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chat.adapter import FILES, WEIGHTS, Adapter
+from chat.adapter import FILES, METRICS, WEIGHTS, Adapter
 from chat.persona import SYSTEM_PROMPT
 from tests.conftest import ROOT, TAUGHT
 from training import trainer
@@ -257,3 +257,27 @@ def test_what_the_gate_would_refuse_at_the_end_is_refused_at_the_start(tiny_run)
     with pytest.raises(ValueError, match="plain LoRA only"):
         run(job)
     assert not job.work.exists()
+
+
+def test_two_processes_give_the_losses_of_one_and_one_adapter(tiny_base, tmp_path):
+    asked = ["tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT), "--batch-size", "2", "--accumulation", "2",
+             "--epochs", "3", "--held-out", "0", "--probe-replies", "0", "--logging-steps", "1"]  # fmt: skip
+
+    def go(name, *launcher):
+        command = [sys.executable, *launcher, "-m", "training.run", *asked]
+        command += ["--output", str(tmp_path / name), "--work", str(tmp_path / f"{name}-work")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / name / METRICS).read_text(encoding="utf-8"))["loss_curve"], done.stderr
+
+    alone, _ = go("alone")
+    together, said = go("together", "-m", "torch.distributed.run", "--nproc_per_node", "2")
+    assert [step for step, _ in alone] == [step for step, _ in together] == [*range(1, 7)]
+    assert [loss for _, loss in together] == pytest.approx([loss for _, loss in alone], abs=1e-5)
+    assert said.count("Forecast:") == 1
+
+
+def test_a_step_that_processes_cannot_share_is_refused(tiny_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"3 processes cannot share 2 batches.*keeps 8 rows"):
+        run(tiny_run(batch_size=4, accumulation=2))

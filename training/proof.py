@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from chat.prompt import prompt_ids
+from training import ranks
 from training.data import Example
 from training.fast import Collator, Step, seed
 from training.recipe import Recipe
@@ -121,7 +122,7 @@ def forecast(
         first = _seconds(rehearse, typical) if step else 0.0
         a_pass = sum(_seconds(rehearse, typical) for _ in range(REHEARSALS - 1)) / (REHEARSALS - 1)
     model.zero_grad(set_to_none=True)
-    steps, passes = recipe.steps(len(rows)), 1 if step else recipe.accumulation
+    steps, passes = recipe.steps(len(rows)), 1 if step else ranks.accumulation(recipe)
     recorded = len({_shape(batch) for batch in batches}) * (first - a_pass) if step else 0.0
     tokens = sum(len(row.input_ids) for row in rows) * recipe.epochs
     return Forecast(steps, tokens, a_pass * steps * passes + recorded + pause * recipe.epochs, memory)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 
 from chat.adapter import CARD, LAYERS, METRICS, PART, RECIPE, ROOT, Adapter, check_name
-from training import hub, modelscope
+from training import hub, modelscope, ranks
 from training.recipe import HUANHUAN, RECIPES, Recipe
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Run:
 
 def main() -> None:
     """Parse the command line, run, and say in a sentence what went wrong."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if ranks.first() else logging.ERROR, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     arguments = sys.argv[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
@@ -57,16 +57,18 @@ def main() -> None:
     try:
         choices = {name: (recipe.base, Run(recipe=recipe)) for name, recipe in RECIPES.items()}
         chosen = tyro.extras.overridable_config_cli(choices, args=arguments, prog="python -m training.run")
-        adapter = run(chosen)
-        log.info("%s is ready: python app.py --base %s", adapter.folder, chosen.recipe.base)
+        if adapter := run(chosen):
+            log.info("%s is ready: python app.py --base %s", adapter.folder, chosen.recipe.base)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Stopped at once. If a checkpoint was written, --resume goes on from it.")
 
 
-def run(job: Run, api: Any = None) -> Adapter:
+def run(job: Run, api: Any = None) -> Adapter | None:
     """The whole story: examples, tokens, base, proof, training, measures, card, the gate, and the push.
+
+    Of several processes the first one measures, writes and publishes; the others return None when training is done.
 
     Raises ValueError, FileExistsError, Unavailable, Interrupted, PermissionError or ConnectionError, each a sentence
     with the remedy.
@@ -74,7 +76,10 @@ def run(job: Run, api: Any = None) -> Adapter:
     recipe = job.recipe
     output, work = job.output or ROOT / recipe.name, job.work or Path("runs") / recipe.name
     _prepare(job, output, work)
-    _require_permission(job, work, api)
+    if ranks.first():
+        _require_permission(job, work, api)
+    ranks.use_own_gpu()
+    ranks.accumulation(recipe)
 
     from chat import local
     from training import data, evaluate, fast, proof, trainer
@@ -104,6 +109,8 @@ def run(job: Run, api: Any = None) -> Adapter:
     log.info("Forecast: %s, profile %s", expected, profile)
     began = time.perf_counter()
     history = trainer.train(model, rows, recipe, work, resume=job.resume, at_epoch_end=measure, step=step)
+    if not ranks.first():
+        return None
     seconds = time.perf_counter() - began
     del step  # and what it recorded, which measuring has better use for
     log.info("Actual:   %d steps, %.1f min, %.1f GB", expected.steps, seconds / 60, proof.memory_in_use() / 1e9)
@@ -124,10 +131,10 @@ def _profile(job: Run) -> str:
     import torch
 
     plain = set(job.recipe.layers) == set(LAYERS) and not job.recipe.dora
-    if job.profile == "fast" and not plain:
-        raise ValueError("The fast profile adapts all seven layers, without DoRA. Leave --profile out.")
+    if job.profile == "fast" and not (plain and ranks.count() == 1):
+        raise ValueError("The fast profile adapts all seven layers, without DoRA, on one GPU. Leave --profile out.")
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)  # for FlashAttention
-    auto = "fast" if plain and ampere and find_spec("triton") else "faithful"
+    auto = "fast" if plain and ampere and find_spec("triton") and ranks.count() == 1 else "faithful"
     return auto if job.profile == "auto" else job.profile
 
 
@@ -159,7 +166,8 @@ def _prepare(job: Run, output: Path, work: Path) -> None:
     if output.exists() and not (output / METRICS).exists():
         raise FileExistsError(f"{output} exists and is no adapter of ours. Name another --output.")
     work.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(_as_json(job.recipe), ensure_ascii=False, indent=1), encoding="utf-8")
+    if ranks.first():
+        noted.write_text(json.dumps(_as_json(job.recipe), ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _require_permission(job: Run, work: Path, api: Any) -> None:

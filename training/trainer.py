@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from training import fast
+from training import fast, ranks
 from training.fast import Collator, Step
 from training.recipe import Recipe
 from training.tokens import Encoded
@@ -121,7 +121,7 @@ def arguments(recipe: Recipe, work: Path, fast: bool = False) -> TrainingArgumen
     return TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=recipe.rows_a_step if fast else recipe.batch_size,
-        gradient_accumulation_steps=1 if fast else recipe.accumulation,
+        gradient_accumulation_steps=1 if fast else ranks.accumulation(recipe),
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule,

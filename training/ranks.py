@@ -1,0 +1,34 @@
+"""Where this process stands among those of one run: torchrun and `accelerate launch` say so in the environment."""
+
+import os
+
+from training.recipe import Recipe
+
+
+def count() -> int:
+    """Processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first() -> bool:
+    """Whether this one speaks, writes and publishes for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def use_own_gpu() -> None:
+    """Make this process's GPU the one that "cuda" means."""
+    import torch
+
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def accumulation(recipe: Recipe) -> int:
+    """Batches that each process adds up, so that all together take the recipe's rows in a step. Raises ValueError."""
+    each, left = divmod(recipe.accumulation, count())
+    if left:
+        raise ValueError(
+            f"{count()} processes cannot share {recipe.accumulation} batches of a step. Give --accumulation a multiple "
+            f"of {count()}, and a --batch-size that keeps {recipe.rows_a_step} rows a step."
+        )
+    return each
