@@ -109,7 +109,15 @@ def test_a_gradient_that_is_not_finite_stops_the_fast_run_and_nothing_broken_is_
 
 
 def test_a_fast_run_resumes_exactly_and_serves_what_it_learned(tiny_run, monkeypatch):
-    fields = {"epochs": 6, "dropout": 0.1, "held_out": 0, "probe_replies": 0, "save_steps": 5}
+    fields = {
+        "epochs": 6,
+        "dropout": 0.1,
+        "held_out": 0,
+        "probe_replies": 0,
+        "long_chats": 0,
+        "reply_tokens": 1,
+        "save_steps": 5,
+    }
     straight = replace(tiny_run(name="straight", **fields), profile="fast")
     run(straight)
 
