@@ -8,6 +8,8 @@ import pytest
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start: many that spin hold each other up
 
 ROOT = Path(__file__).parent.parent
 TAUGHT = ROOT / "tests" / "data" / "tiny.jsonl"
