@@ -58,7 +58,6 @@ const zhenhuan = {
   },
 }
 window.zhenhuan = zhenhuan
-document.documentElement.lang = navigator.language // Gradio leaves it at English
 
 // What Gradio tells screen readers in English whatever the language.
 const SPOKEN = [
