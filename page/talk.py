@@ -177,10 +177,14 @@ class Talk:
         """Gradio offers Stop to a question sent and to Retry; here also to every other way to make her speak."""
         for begin in (self.chat.chatbot.option_select, self.chat.chatbot.edit):
             begin(self.speaking, None, [self.chat.textbox], **QUIET)
+        stops = [event for event in self.page.fns.values() if (self.chat.textbox._id, "stop") in event.targets]
+        stopped = {number for event in stops for number in event.cancels}
+        # Without a function: Gradio gives one that cancels the session's name alone. Cancelled twice, the next question
+        # may be cancelled too. `failure` of what was cancelled opens the box.
         self.page.default_config.set_event_trigger(
-            targets=[EventListenerMethod(self.chat.textbox, "stop")], fn=partial(self.finish, word("invitation")),
-            inputs=[self.chat.chatbot, self.kept], outputs=self._finished, queue=False, show_progress="hidden",
-            api_visibility="private", cancels=[event._id for event in streaming],
+            targets=[EventListenerMethod(self.chat.textbox, "stop")], fn=None, inputs=None, outputs=None, queue=False,
+            show_progress="hidden", api_visibility="private",
+            cancels=[event._id for event in streaming if event._id not in stopped],
         )  # fmt: skip
 
     @staticmethod
@@ -191,6 +195,8 @@ class Talk:
     def finish(self, hint: str, history: list[Shown], kept: Alternatives) -> tuple[Any, ...]:
         """After a reply, however it ended: the box is open, the reply is remembered."""
         kept = kept.remember(history)
+        if transcript.words(transcript.cut(history)[1]):
+            hint = word("invitation")  # stopped: she had begun
         box = gr.Textbox(interactive=True, placeholder=hint, submit_btn=word("send"), stop_btn=False)
         return box, history, kept, str(kept)
 

@@ -116,6 +116,21 @@ def test_words_grow_while_she_speaks_and_stop_keeps_them_and_frees_the_engine_wi
     wait_for_words(tab, "再说别的。")
 
 
+def test_a_question_sent_at_once_after_stop_is_answered_whole(visit):
+    engine = ScriptedEngine(LONG, "再说别的。" * 12, pause=0.05)
+    tab = visit(engine)
+    failed = []
+    tab.on("response", lambda answer: failed.append(answer.url) if answer.status >= 500 else None)
+    say(tab, "讲讲昨夜")
+    wait_for_words(tab, "昨夜落了一场雨")
+    tab.click("button.stop-button:visible")
+    tab.wait_for_selector("button.submit-button:visible")
+    say(tab, "好")
+    wait_for_words(tab, "再说别的。" * 12)
+    wait_until(lambda: tab.get_attribute("textarea:visible", "placeholder") == "对她说些什么……")
+    assert not failed
+
+
 @pytest.mark.parametrize("way", ["opener", "edit"])
 def test_stop_is_offered_however_she_was_asked(visit, way):
     engine = (
