@@ -3,6 +3,7 @@
 python -m benchmarks.results    writes the tables of benchmarks/README.md anew
 """
 
+import argparse
 import json
 import os
 import platform
@@ -65,6 +66,7 @@ def _cell(value: Any) -> str:
 
 def main() -> None:
     """Put each table between its marks in the README."""
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
     text = README.read_text(encoding="utf-8")
     README.write_text(TABLE.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text), encoding="utf-8")
 

@@ -17,7 +17,7 @@ from chat.persona import SYSTEM_PROMPT
 from tests.conftest import ROOT, TAUGHT
 from training import trainer
 from training.recipe import HUANHUAN, POCKET, RECIPES
-from training.run import run
+from training.run import main, run
 from training.trainer import Interrupted
 
 
@@ -253,11 +253,10 @@ def test_every_field_of_every_recipe_is_a_flag(name):
         assert f"--{field.name.replace('_', '-')}" in shown.stdout
 
 
-def test_a_wrong_field_is_a_sentence_not_a_traceback():
-    said = subprocess.run(
-        [sys.executable, "-m", "training.run", "tiny", "--base", "nowhere"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert said.returncode == 1 and "Traceback" not in said.stderr and "nowhere" in said.stderr.splitlines()[-1]
+def test_a_wrong_field_is_a_sentence_not_a_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["run", "tiny", "--base", "nowhere", "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit, match="nowhere"):
+        main()
 
 
 def test_what_the_gate_would_refuse_at_the_end_is_refused_at_the_start(tiny_run):
@@ -267,23 +266,24 @@ def test_what_the_gate_would_refuse_at_the_end_is_refused_at_the_start(tiny_run)
     assert not job.work.exists()
 
 
-def test_two_processes_give_the_losses_of_one_and_one_adapter(tiny_base, tmp_path):
-    asked = ["tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT), "--batch-size", "2", "--accumulation", "2",
-             "--epochs", "2", "--held-out", "0", "--probe-replies", "0", "--long-chats", "0", "--reply-tokens", "1",
-             "--logging-steps", "1"]  # fmt: skip
-
-    def go(name, *launcher):
-        command = [sys.executable, *launcher, "-m", "training.run", *asked]
-        command += ["--output", str(tmp_path / name), "--work", str(tmp_path / f"{name}-work")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
-        assert done.returncode == 0, done.stderr
-        return json.loads((tmp_path / name / METRICS).read_text(encoding="utf-8"))["loss_curve"], done.stderr
-
-    alone, _ = go("alone")
-    together, said = go("together", "-m", "torch.distributed.run", "--nproc_per_node", "2")
+def test_two_processes_give_the_losses_of_one_and_one_adapter(tiny_run, tmp_path):
+    asked = {"batch_size": 2, "accumulation": 2, "epochs": 2, "held_out": 0, "probe_replies": 0, "long_chats": 0,
+             "reply_tokens": 1, "logging_steps": 1}  # fmt: skip
+    job = tiny_run("alone", **asked)
+    run(job)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "training.run", "tiny"]
+    command += ["--base", job.recipe.base, "--dataset", *job.recipe.dataset]
+    command += [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command += ["--output", str(tmp_path / "together"), "--work", str(tmp_path / "together-work")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    alone, together = (
+        json.loads((folder / METRICS).read_text(encoding="utf-8"))["loss_curve"]
+        for folder in (job.output, tmp_path / "together")
+    )
     assert [step for step, _ in alone] == [step for step, _ in together] == [*range(1, 5)]
     assert [loss for _, loss in together] == pytest.approx([loss for _, loss in alone], abs=1e-5)
-    assert said.count("Forecast:") == 1
+    assert done.stderr.count("Forecast:") == 1
 
 
 def test_a_step_that_processes_cannot_share_is_refused(tiny_run, monkeypatch):
