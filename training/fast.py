@@ -6,7 +6,6 @@ last token of a row left out, as nothing is predicted from it. Rows, order, loss
 Trainer's own; dropout has the same law with other draws.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.nn import functional
 
 from training import kernels
 from training.tokens import IGNORED
@@ -44,16 +42,9 @@ class Group:
 
     def bind(self, values: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Take views of the step's flat buffers: all A, then all B."""
-        rank = self.parameters[0].shape[0]
+        self.rank = self.parameters[0].shape[0]
         self.a, self.da = (_joined(part[: self.count]) for part in (values, grads))  # (G·R, in)
         self.b, self.db = (_joined(part[self.count :]) for part in (values, grads))  # (out, R)
-        self.block = self.weight.new_zeros(len(self.b), self.count * rank)  # B of each layer in its own columns
-
-    def refresh(self) -> None:
-        """Lay B out by blocks, so that one product adds all the layers' LoRA."""
-        rank = self.b.shape[1]
-        for g, rows in enumerate(self.block.split(self.outs)):
-            rows[:, g * rank : (g + 1) * rank] = self.b.split(self.outs)[g]
 
     def down(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         """The LoRA's narrow middle, (T, G·R), and what dropout kept."""
@@ -64,20 +55,29 @@ class Group:
         """x (T, in) through all layers and their LoRA, added to `onto`: (T, out)."""
         onto = self.bias if onto is None else onto
         y = x @ self.weight.T if onto is None else torch.addmm(onto, x, self.weight.T)
-        return y.addmm_(h, self.block.T)
+        for part, narrow, b in zip(*self._by_layer(y, h), self.b.split(self.outs), strict=True):
+            part.addmm_(narrow, b.T)
+        return y
 
-    def grow(self, dy: Tensor, h: Tensor) -> None:
-        """Add the gradient of B to the step's buffer."""
-        rank = self.b.shape[1]
-        crossed = dy.T @ h  # (out, G·R): only the blocks count
-        for g, rows in enumerate(crossed.split(self.outs)):
-            self.db.split(self.outs)[g].add_(rows[:, g * rank : (g + 1) * rank])
+    def cross(self, dy: Tensor, h: Tensor) -> Tensor:
+        """The gradient of the LoRA's narrow middle, (T, G·R); adds that of B to the step's buffer."""
+        return kernels.cross(dy, h, self.b, self.db, self.outs)
 
-    def back(self, dy: Tensor, x: Tensor, kept: Tensor) -> Tensor:
-        """dx, from dy (T, out); adds the gradient of A to the step's buffer."""
+    def narrowed(self, dy: Tensor) -> Tensor:
+        """The same where B has its gradient already."""
+        dh = dy.new_empty(len(dy), self.count * self.rank)
+        for part, narrow, b in zip(*self._by_layer(dy, dh), self.b.split(self.outs), strict=True):
+            torch.mm(part, b, out=narrow)
+        return dh
+
+    def back(self, dy: Tensor, dh: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+        """dx, from dy (T, out) and dh; adds the gradient of A to the step's buffer."""
         dx = dy @ self.weight
-        kernels.widen(x, self.a, dy @ self.block, dx, self.da, kept, self.dropout, self.scale)
+        kernels.widen(x, self.a, dh, dx, self.da, kept, self.dropout, self.scale)
         return dx
+
+    def _by_layer(self, wide: Tensor, narrow: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return wide.split(self.outs, dim=1), narrow.split(self.rank, dim=1)
 
 
 def _joined(views: Sequence[Tensor]) -> Tensor:
@@ -94,9 +94,10 @@ class Rows:
     """(T,)"""
     turns: Tensor
     """(2, T, head/2) in fp32: cosines and sines of each token's position in its row."""
-    starts: Tensor
-    """(rows + 2,) int32: where rows start, the padding as the last row, then T."""
-    longest: int
+    first: Tensor
+    """(T,) int32: where the row of each token starts; the padding is a row too."""
+    last: Tensor
+    """(T,) int32: where it ends."""
     picked: Tensor
     """(L,) tokens from which a learned one is predicted, padded."""
     targets: Tensor
@@ -123,10 +124,8 @@ class Layer:
         """x (T, hidden) through the layer, and what the way back needs; after the `last` one only picked tokens."""
         n1, r1 = _norm(x, *self.norms[0])
         h1, k1 = self.qkv.down(n1, seed)
-        q, k, v = self._heads(self.qkv.forward(n1, h1))
-        for heads in (q, k):
-            kernels.rotate_(heads, rows.turns[0], rows.turns[1])
-        whole, state = attend(q, k, v, rows)
+        q, k, v = self._turned(self.qkv.forward(n1, h1), rows)
+        whole, state = kernels.attend(q, k, v, rows.first)
         a, x2 = (t[rows.picked] if last else t for t in (whole.flatten(1), x))
         h2, k2 = self.out.down(a, seed)
         middle = self.out.forward(a, h2, onto=x2)
@@ -142,26 +141,26 @@ class Layer:
         """dx, from dy (T, hidden), or of the `last` layer from that of the picked tokens."""
         x, n1, r1, h1, k1, q, k, v, whole, state, a, h2, k2, middle, n2, r2, h3, k3, wide, h4, k4 = kept
         up, down = self.gate_up, self.down
-        down.grow(dy, h4)
         dwide = kernels.swiglu_back(
-            dy @ down.weight, wide, h3, up.b, up.db, down.a, dy @ down.block, down.da, k4, down.dropout, down.scale
+            dy @ down.weight, wide, h3, up.b, up.db, down.a, down.cross(dy, h4), down.da, k4, down.dropout, down.scale
         )
-        dn2 = up.back(dwide, n2, k3)
-        dx = _norm_back(dn2, middle, r2, self.norms[1][0]).add_(dy)
-        self.out.grow(dx, h2)
-        da = self.out.back(dx, a, k2)
+        dn2 = up.back(dwide, up.narrowed(dwide), n2, k3)
+        dx = kernels.norm_back(dn2, middle, r2, self.norms[1][0], onto=dy)
+        da = self.out.back(dx, self.out.cross(dx, h2), a, k2)
         if last:
             da, dx = (t.new_zeros(len(x), t.shape[1]).index_add_(0, rows.picked, t) for t in (da, dx))
-        dq, dk, dv = attend_back(da, q, k, v, whole, state, rows)
-        for heads in (dq, dk):
-            kernels.rotate_(heads, rows.turns[0], rows.turns[1], -1)
-        dqkv = torch.cat([d.flatten(1) for d in (dq, dk, dv)], dim=1)
-        self.qkv.grow(dqkv, h1)
-        dn1 = self.qkv.back(dqkv, n1, k1)
-        return _norm_back(dn1, x, r1, self.norms[0][0]).add_(dx)
+        dqkv = kernels.attend_back(da, q, k, v, whole, state, rows.first, rows.last)
+        self._turned(dqkv, rows, sign=-1)
+        dn1 = self.qkv.back(dqkv, self.qkv.cross(dqkv, h1), n1, k1)
+        return kernels.norm_back(dn1, x, r1, self.norms[0][0], onto=dx)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.unflatten(1, (-1, self.head)) for part in qkv.split(self.qkv.outs, dim=1))
+    def _turned(self, qkv: Tensor, rows: Rows, sign: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by heads, views of qkv (T, out), in which the first two are turned in place."""
+        heads = qkv.unflatten(1, (-1, self.head))
+        counts = [out // self.head for out in self.qkv.outs]
+        kernels.rotate_(heads[:, : sum(counts[:2])], rows.turns[0], rows.turns[1], sign)
+        q, k, v = heads.split(counts, dim=1)
+        return q, k, v
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -170,55 +169,10 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return normed
 
 
-def _norm_back(dy: Tensor, x: Tensor, rms: Tensor, weight: Tensor) -> Tensor:
-    if x.is_cuda:
-        dx: Tensor = torch.ops.aten._fused_rms_norm_backward(dy, x, [x.shape[-1]], rms, weight, [True, False])[0]
-        return dx
-    d, y = dy * weight, x * rms
-    return (d - y * (d * y).mean(-1, keepdim=True)) * rms
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Any]:
-    """Causal attention within each row, (T, heads, head): FlashAttention on a GPU, and its state for the way back."""
-    if q.is_cuda:
-        out, *state = torch.ops.aten._flash_attention_forward(
-            q, k, v, rows.starts, rows.starts, rows.longest, rows.longest, 0.0, True, False
-        )
-        return out, state
-    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-    bounds = rows.starts.tolist()
-    with torch.enable_grad():
-        parts = [_causal(q[a:b], k[a:b], v[a:b]) for a, b in itertools.pairwise(bounds) if a < b]
-        out = torch.cat(parts)
-    return out.detach(), (out, q, k, v)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-
-def attend_back(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Any, rows: Rows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
-    if not q.is_cuda:
-        whole, *inputs = state
-        dq, dk, dv = torch.autograd.grad(whole, inputs, dout.view_as(whole))
-        return dq, dk, dv
-    lse, rng, unused, _ = state
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-        dout.view_as(q), q, k, v, out.view_as(q), lse, rows.starts, rows.starts, rows.longest, rows.longest,
-        0.0, True, rng, unused,
-    )  # fmt: skip
-    return grads
-
-
 class Step:
     """Loss and gradients of a batch. On a GPU each shape is recorded at its first batch and replayed after that."""
 
     def __init__(self, model: PeftModel, longest: int) -> None:
-        self.longest = longest  # tokens of a row
         qwen: Any = model.get_base_model()
         self.embed, self.norm, self.head = qwen.model.embed_tokens, qwen.model.norm, qwen.lm_head
         everywhere = torch.arange(max(longest, STRIDE), device=qwen.device)[None]
@@ -237,7 +191,7 @@ class Step:
             [view.view_as(p) for view, p in zip(flat.split(sizes), self.parameters, strict=True)]
             for flat in (values, grads)
         )
-        self.flat_grads, self.groups = grads, groups
+        self.flat_grads = grads
         views = zip(self.values, self.grads, strict=True)
         for group in groups:
             value, grad = zip(*[next(views) for _ in group.parameters], strict=True)
@@ -249,7 +203,7 @@ class Step:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor], items: int, seed: int) -> Tensor:
-        """The summed loss of a batch of `Collator` over `items`; gradients are left on the LoRA's parameters."""
+        """The summed loss of a batch of `collate` over `items`; gradients are left on the LoRA's parameters."""
         self.seed.fill_(seed)
         if self.parameters[0].grad is None:  # a new optimiser step
             self.flat_grads.zero_()
@@ -263,11 +217,11 @@ class Step:
         return self.loss.clone()
 
     def _rows(self, batch: dict[str, Tensor], items: int) -> Rows:
-        on = {name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "starts", "picked")}
+        on = {name: batch[name].to(self.device, non_blocking=True) for name in ("input_ids", "first", "last", "picked")}
         turns = self.turns[:, batch["position_ids"].to(self.device, non_blocking=True)]
         targets = batch["targets"].to(self.device, non_blocking=True)
         count = torch.full((), items, dtype=torch.float32, device=self.device)
-        return Rows(turns=turns, targets=targets, items=count, longest=self.longest, **on)
+        return Rows(turns=turns, targets=targets, items=count, **on)
 
     def _replay(self, shape: tuple[int, ...], batch: dict[str, Tensor], items: int) -> None:
         given = self._rows(batch, items)
@@ -292,8 +246,6 @@ class Step:
     def _run(self, rows: Rows) -> None:
         """Forward and backward; the loss and the gradients are left in the step's buffers."""
         torch._foreach_copy_(self.values, self.parameters)
-        for group in self.groups:
-            group.refresh()
         x = self.embed(rows.input_ids)
         memory = []
         for layer in self.layers:
@@ -305,14 +257,11 @@ class Step:
 
     def _loss(self, x: Tensor, rows: Rows) -> Tensor:
         """Cross-entropy on the picked tokens, x (L, hidden); returns dx."""
-        x.requires_grad_()
-        with torch.enable_grad():
-            normed = functional.rms_norm(x, x.shape[-1:], self.norm.weight, self.norm.variance_epsilon)
-            logits = self.head(normed).float()
-            loss = functional.cross_entropy(logits, rows.targets, ignore_index=IGNORED, reduction="sum") / rows.items
-            (dx,) = torch.autograd.grad(loss, x)
-        self.loss.copy_(loss.detach())
-        return dx
+        normed, rms = _norm(x, self.norm.weight, self.norm.variance_epsilon)
+        logits = self.head(normed)
+        losses = kernels.cross_entropy_(logits, rows.targets, rows.items)
+        self.loss.copy_(losses.sum())
+        return kernels.norm_back(logits @ self.head.weight, x, rms, self.norm.weight)
 
 
 def seed(base: int, step: int) -> int:
@@ -325,36 +274,35 @@ def padded(count: int) -> int:
     return math.ceil(count / STRIDE) * STRIDE
 
 
-class Collator:
-    """At most `rows` rows as one padded batch for `Step`: input_ids, position_ids, starts, picked, targets.
+def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """Rows as one padded batch for `Step`, each without its last token, as nothing is predicted from that.
 
-    `tokens` says how many there are in the rows, `learned` how many of them are learned.
+    input_ids, position_ids, first, last, picked, targets; `tokens` says how many there are in the rows, `learned` how
+    many of them are learned.
     """
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-
-    def __call__(self, features: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-        """Join the rows, each without its last token, as nothing is predicted from that."""
-        ids: list[int] = []
-        positions: list[int] = []
-        labels: list[int] = []
-        starts = [0]
-        for row in features:
-            ids += row["input_ids"][:-1]
-            labels += row["labels"][1:]
-            positions += range(len(row["input_ids"]) - 1)
-            starts.append(len(ids))
-        tokens = padded(len(ids))
-        learned = [at for at, label in enumerate(labels) if label != IGNORED]
-        room = next(room for share in SHARES if (room := padded(math.ceil(tokens * share))) >= len(learned))
-        padding, spare = tokens - len(ids), room - len(learned)
-        return {
-            "input_ids": torch.tensor(ids + [0] * padding),
-            "position_ids": torch.tensor([*positions, *range(padding)]),
-            "starts": torch.tensor(starts + [tokens] * (self.rows + 2 - len(starts)), dtype=torch.int32),
-            "picked": torch.tensor(learned + [0] * spare),
-            "targets": torch.tensor([labels[at] for at in learned] + [IGNORED] * spare),
-            "tokens": len(ids) + len(features),
-            "learned": len(learned),
-        }
+    ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    first: list[int] = []
+    last: list[int] = []
+    for row in features:
+        ids += row["input_ids"][:-1]
+        labels += row["labels"][1:]
+        count = len(row["input_ids"]) - 1
+        positions += range(count)
+        first += [len(ids) - count] * count
+        last += [len(ids)] * count
+    tokens = padded(len(ids))
+    learned = [at for at, label in enumerate(labels) if label != IGNORED]
+    room = next(room for share in SHARES if (room := padded(math.ceil(tokens * share))) >= len(learned))
+    padding, spare = tokens - len(ids), room - len(learned)
+    return {
+        "input_ids": torch.tensor(ids + [0] * padding),
+        "position_ids": torch.tensor([*positions, *range(padding)]),
+        "first": torch.tensor(first + [len(ids)] * padding, dtype=torch.int32),
+        "last": torch.tensor(last + [tokens] * padding, dtype=torch.int32),
+        "picked": torch.tensor(learned + [0] * spare),
+        "targets": torch.tensor([labels[at] for at in learned] + [IGNORED] * spare),
+        "tokens": len(ids) + len(features),
+        "learned": len(learned),
+    }

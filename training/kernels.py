@@ -9,7 +9,14 @@ the same input, R their LoRA rank, F the width of the feed-forward.
 # ruff: noqa: ANN001, ANN202, N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch.nn import functional
+
+from training.tokens import IGNORED
 
 try:
     import triton
@@ -20,8 +27,9 @@ except ImportError:  # torch brings Triton where it has a GPU for it
 Tensor = torch.Tensor
 LANES = 8  # decisions of one Philox number: 128 bits in halves of 16
 COLUMNS = 64  # of a tile
-TOKENS = 32
-WARPS = 4
+# Of a tile, each found by trying: tokens, and warps that work on it.
+TOKENS = {"narrow": 64, "widen": 32, "swiglu": 32, "swiglu_back": 16, "cross": 32, "rotate": 32, "attend": 64}
+WARPS = {"narrow": 4, "widen": 4, "swiglu": 4, "swiglu_back": 4, "cross": 4, "attend": 4}
 ROUNDS = 7  # of Philox: as few as pass every test (Salmon et al. 2011)
 STRIPES = 8  # parts of a batch's tokens, each summed by one program before it is added to what all share
 
@@ -43,9 +51,9 @@ def narrow(
     h = torch.zeros(tokens, a.shape[0], dtype=torch.float32, device=x.device)
     blocks = triton.cdiv(width, LANES * COLUMNS)
     kept = torch.empty(groups, tokens, blocks * COLUMNS, dtype=torch.uint8, device=x.device)
-    _narrow[(triton.cdiv(tokens, TOKENS), blocks)](
+    _narrow[(triton.cdiv(tokens, TOKENS["narrow"]), blocks, groups)](
         x, a, h, kept, seed, salt, tokens, width, x.stride(0), round(dropout * 65536), scale / (1 - dropout),
-        G=groups, ROUNDS=ROUNDS, **_tile(a.shape[0] // groups),
+        G=groups, ROUNDS=ROUNDS, **_tile("narrow", a.shape[0] // groups),
     )  # fmt: skip
     return h, kept
 
@@ -54,14 +62,14 @@ def widen(x: Tensor, a: Tensor, dh: Tensor, dx: Tensor, da: Tensor, kept: Tensor
     """The way back of `narrow`: from dh (T, G·R), add to dx (T, in) and to da (G·R, in, fp32) in place."""
     (tokens, width), groups = x.shape, len(kept)
     if not x.is_cuda:
-        scaled = kept.to(x.dtype) * (scale / (1 - dropout))
+        scaled, dh = kept.to(x.dtype) * (scale / (1 - dropout)), dh.to(x.dtype)
         dh, a = dh.view(tokens, groups, -1), a.view(groups, -1, width)
         da += torch.einsum("gti,ti,tgr->gri", scaled, x, dh).flatten(0, 1)
         dx += torch.einsum("gti,gri,tgr->ti", scaled, a, dh)
         return
-    _widen[(triton.cdiv(tokens, TOKENS), triton.cdiv(width, LANES * COLUMNS))](
+    _widen[_tiles("widen", tokens, width)](
         x, a, dh, dx, da, kept, tokens, width, x.stride(0), scale / (1 - dropout),
-        G=groups, **_tile(a.shape[0] // groups),
+        G=groups, **_tile("widen", a.shape[0] // groups),
     )  # fmt: skip
 
 
@@ -69,11 +77,11 @@ def swiglu(gate_up: Tensor, h: Tensor, b: Tensor) -> Tensor:
     """SwiGLU of both halves of gate_up (T, 2F), each with its LoRA added: h (T, 2R) times b (2F, R)."""
     if not gate_up.is_cuda:
         gate, up = _with_lora(gate_up, h, b)
-        gated: Tensor = torch.nn.functional.silu(gate) * up
+        gated: Tensor = functional.silu(gate) * up
         return gated
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu[_tiles(tokens, width)](gate_up, h, b, out, tokens, width, **_tile(b.shape[1]))
+    _swiglu[_tiles("swiglu", tokens, width)](gate_up, h, b, out, tokens, width, **_tile("swiglu", b.shape[1]))
     return out
 
 
@@ -95,9 +103,94 @@ def swiglu_back(
         return torch.cat([*d], dim=1)
     dgate_up = torch.empty_like(gate_up)
     _swiglu_back[(STRIPES, triton.cdiv(width, COLUMNS))](
-        dout, gate_up, h, b, a, dh, kept, dgate_up, db, da, tokens, width, scale / (1 - dropout), **_tile(rank)
+        dout, gate_up, h, b, a, dh, kept, dgate_up, db, da, tokens, width, scale / (1 - dropout),
+        **_tile("swiglu_back", rank),
     )  # fmt: skip
     return dgate_up
+
+
+def cross(dy: Tensor, h: Tensor, b: Tensor, db: Tensor, outs: Sequence[int]) -> Tensor:
+    """The way back of LoRA's wide products of layers side by side, of widths `outs`: dh (T, G·R) in fp32.
+
+    dy (T, out) came to their outputs, h (T, G·R) went in, b (out, R); adds to db (out, R) in place.
+    """
+    (tokens, width), rank = dy.shape, b.shape[1]
+    if not dy.is_cuda:
+        parts = zip(dy.split(outs, 1), h.split(rank, 1), b.split(outs), db.split(outs), strict=True)
+        dh = []
+        for out, narrow_, wide, dwide in parts:
+            dwide += out.T @ narrow_
+            dh.append(out @ wide)
+        return torch.cat(dh, 1).float()
+    dh_ = torch.zeros(h.shape, dtype=torch.float32, device=dy.device)
+    ends = [*itertools.accumulate(outs), width, width]
+    tile = _tile("cross", rank) | {"RANKS": max(16, triton.next_power_of_2(h.shape[1]))}
+    _cross[(STRIPES, triton.cdiv(width, COLUMNS))](
+        dy, h, b, db, dh_, tokens, width, ends[0], ends[1], GR=h.shape[1], **tile
+    )  # fmt: skip
+    return dh_
+
+
+def norm_back(dy: Tensor, x: Tensor, rms: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """The way back of RMSNorm of x (T, hidden): dx, added to `onto`. rms (T, 1) is one over the root mean square."""
+    if not x.is_cuda:
+        d, y = dy * weight, x * rms
+        dx: Tensor = (d - y * (d * y).mean(-1, keepdim=True)) * rms
+        return dx if onto is None else dx + onto
+    dx = torch.empty_like(dy)
+    block = triton.next_power_of_2(x.shape[1])
+    _norm_back[(len(x),)](dy, x, rms, weight, dy if onto is None else onto, dx, x.shape[1],
+                          ONTO=onto is not None, BLOCK=block, num_warps=8)  # fmt: skip
+    return dx
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Any]:
+    """Causal attention within each row, and what its way back needs. q (T, heads, D), k and v (T, fewer heads, D).
+
+    first (T,) int32 says where the row of each token starts. All three are views of one tensor, or contiguous alike.
+    """
+    if not q.is_cuda:
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        with torch.enable_grad():
+            at = torch.arange(len(q))
+            seen = (at[None] >= first[:, None]) & (at[None] <= at[:, None])
+            a, b, c = (t.transpose(0, 1)[None] for t in (q, k, v))
+            whole = functional.scaled_dot_product_attention(a, b, c, seen, enable_gqa=True)
+            out = whole[0].transpose(0, 1)
+        return out.detach(), (out, q, k, v)
+    tokens, heads, size = q.shape
+    out = torch.empty(tokens, heads, size, dtype=q.dtype, device=q.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    _attend[(triton.cdiv(tokens, TOKENS["attend"]), heads)](
+        q, k, v, out, lse, first, tokens, q.stride(0), size**-0.5, **_heads_tile(q, k)
+    )  # fmt: skip
+    return out, lse
+
+
+def attend_back(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Any, first: Tensor, last: Tensor
+) -> Tensor:
+    """dq, dk and dv side by side, (T, all heads · D); last (T,) int32 says where the row of each token ends."""
+    if not q.is_cuda:
+        whole, *inputs = state
+        return torch.cat([d.flatten(1) for d in torch.autograd.grad(whole, inputs, dout.view_as(whole))], 1)
+    tokens, heads, size = q.shape
+    grads = torch.empty(tokens, (heads + 2 * k.shape[1]) * size, dtype=q.dtype, device=q.device)
+    delta, tiles = torch.empty_like(state), triton.cdiv(tokens, TOKENS["attend"])
+    _attend_back_q[(tiles, heads)](
+        q, k, v, dout, out, state, delta, grads, first, tokens, q.stride(0), grads.stride(0), size**-0.5,
+        **_heads_tile(q, k),
+    )  # fmt: skip
+    _attend_back_kv[(tiles, k.shape[1])](
+        q, k, v, dout, state, delta, grads, first, last, tokens, q.stride(0), grads.stride(0), size**-0.5,
+        **_heads_tile(q, k),
+    )  # fmt: skip
+    return grads
+
+
+def _heads_tile(q: Tensor, k: Tensor) -> dict[str, int]:
+    heads, kv_heads, size = q.shape[1], k.shape[1], q.shape[2]
+    return {"H": heads, "KV": kv_heads, "D": size, "BT": TOKENS["attend"], "num_warps": WARPS["attend"]}
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> None:
@@ -108,9 +201,22 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> None:
         heads.copy_(torch.cat([first * c - second * s, second * c + first * s], dim=-1))
         return
     tokens, count, size = heads.shape
-    _rotate[(triton.cdiv(tokens, TOKENS), count)](
-        heads, cos, sin, sign, tokens, heads.stride(0), heads.stride(1), HALF=size // 2, BT=TOKENS
+    _rotate[(triton.cdiv(tokens, TOKENS["rotate"]), count)](
+        heads, cos, sin, sign, tokens, heads.stride(0), heads.stride(1), HALF=size // 2, BT=TOKENS["rotate"]
     )  # fmt: skip
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, items: Tensor) -> Tensor:
+    """Losses of logits (L, V) over `items`, (L,) in fp32; the logits become their gradient. IGNORED targets count 0."""
+    if not logits.is_cuda:
+        log_p = logits.float().log_softmax(-1)
+        losses = functional.nll_loss(log_p, targets, ignore_index=IGNORED, reduction="none") / items
+        expected = functional.one_hot(targets.clamp(min=0), logits.shape[1])
+        logits.copy_((log_p.exp() - expected) * (targets != IGNORED)[:, None] / items)
+        return losses
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _cross_entropy[(len(logits),)](logits, targets, items, losses, logits.shape[1], IGNORED, BLOCK=4096, num_warps=8)
+    return losses
 
 
 def _with_lora(gate_up: Tensor, h: Tensor, b: Tensor) -> Tensor:
@@ -119,12 +225,13 @@ def _with_lora(gate_up: Tensor, h: Tensor, b: Tensor) -> Tensor:
     return added + gate_up.view(tokens, 2, width).transpose(0, 1)
 
 
-def _tile(rank: int) -> dict[str, int]:
-    return {"R": rank, "RANKS": max(16, triton.next_power_of_2(rank)), "BT": TOKENS, "BC": COLUMNS, "num_warps": WARPS}
+def _tile(kernel: str, rank: int) -> dict[str, int]:
+    ranks = max(16, triton.next_power_of_2(rank))  # a matrix unit takes no fewer
+    return {"R": rank, "RANKS": ranks, "BT": TOKENS[kernel], "BC": COLUMNS, "num_warps": WARPS[kernel]}
 
 
-def _tiles(tokens: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(tokens, TOKENS), triton.cdiv(width, COLUMNS)
+def _tiles(kernel: str, tokens: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(tokens, TOKENS[kernel]), triton.cdiv(width, COLUMNS)
 
 
 if triton:
@@ -153,27 +260,27 @@ if triton:
         G: tl.constexpr, ROUNDS: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
         t, c, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BC), tl.arange(0, RANKS)
-        for g in range(G):
-            w0, w1, w2, w3 = _draw(seed, salt + g, t, c, width, BC, ROUNDS)
-            total, bits = tl.zeros((BT, RANKS), tl.float32), tl.zeros((BT, BC), tl.int32)
-            for lane in tl.static_range(8):
-                column = (tl.program_id(1) * 8 + lane) * BC + c
-                stays = _half(w0, w1, w2, w3, lane) >= threshold
-                bits |= stays.to(tl.int32) << lane
-                inside = (t < tokens)[:, None] & (column < width)[None, :]
-                tile = tl.load(x + t[:, None] * stride + column[None, :], mask=inside, other=0)
-                tile = tl.where(stays, tile, 0.0)  # not in the mask of the load, which would then be made by elements
-                down = tl.load(
-                    a + (g * R + r[None, :]) * width + column[:, None],
-                    mask=(r < R)[None, :] & (column < width)[:, None], other=0,
-                )  # fmt: skip
-                total += tl.dot(tile, down)
-            line = (g * tokens + t[:, None]) * tl.cdiv(width, 8 * BC) + tl.program_id(1)
-            tl.store(kept + line * BC + c[None, :], bits.to(tl.uint8), mask=(t < tokens)[:, None])
-            tl.atomic_add(
-                h + t[:, None] * (G * R) + g * R + r[None, :], total * scale,
-                mask=(t < tokens)[:, None] & (r < R)[None, :],
+        g = tl.program_id(2)
+        w0, w1, w2, w3 = _draw(seed, salt + g, t, c, width, BC, ROUNDS)
+        total, bits = tl.zeros((BT, RANKS), tl.float32), tl.zeros((BT, BC), tl.int32)
+        for lane in tl.static_range(8):
+            column = (tl.program_id(1) * 8 + lane) * BC + c
+            stays = _half(w0, w1, w2, w3, lane) >= threshold
+            bits |= stays.to(tl.int32) << lane
+            inside = (t < tokens)[:, None] & (column < width)[None, :]
+            tile = tl.load(x + t[:, None] * stride + column[None, :], mask=inside, other=0)
+            tile = tl.where(stays, tile, 0.0)  # not in the mask of the load, which would then be made by elements
+            down = tl.load(
+                a + (g * R + r[None, :]) * width + column[:, None],
+                mask=(r < R)[None, :] & (column < width)[:, None], other=0,
             )  # fmt: skip
+            total += tl.dot(tile, down)
+        line = (g * tokens + t[:, None]) * tl.cdiv(width, 8 * BC) + tl.program_id(1)
+        tl.store(kept + line * BC + c[None, :], bits.to(tl.uint8), mask=(t < tokens)[:, None])
+        tl.atomic_add(
+            h + t[:, None] * (G * R) + g * R + r[None, :], total * scale,
+            mask=(t < tokens)[:, None] & (r < R)[None, :],
+        )  # fmt: skip
 
     @triton.jit
     def _widen(
@@ -182,25 +289,21 @@ if triton:
     ):  # fmt: skip
         t, c, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BC), tl.arange(0, RANKS)
         blocks, some = tl.cdiv(width, 8 * BC), (t < tokens)[:, None] & (r < R)[None, :]
-        for lane in range(8):
-            column = (tl.program_id(1) * 8 + lane) * BC + c
-            inside, ranks = (
-                (t < tokens)[:, None] & (column < width)[None, :],
-                (r < R)[:, None] & (column < width)[None, :],
-            )
-            tile = tl.load(x + t[:, None] * stride + column[None, :], mask=inside, other=0)
-            at = dx + t[:, None] * width + column[None, :]
-            total = tl.load(at, mask=inside, other=0).to(tl.float32)
-            for g in tl.static_range(G):
-                line = (g * tokens + t[:, None]) * blocks + tl.program_id(1)
-                bits = tl.load(kept + line * BC + c[None, :], mask=(t < tokens)[:, None], other=0).to(tl.int32)
-                stays = ((bits >> lane) & 1) == 1
-                back = tl.load(dh + t[:, None] * (G * R) + g * R + r[None, :], mask=some, other=0)
-                place = (g * R + r[:, None]) * width + column[None, :]
-                tl.atomic_add(da + place, tl.dot(tl.trans(back), tl.where(stays, tile, 0.0)) * scale, mask=ranks)
-                grown = tl.dot(back, tl.load(a + place, mask=ranks, other=0)) * scale
-                total += tl.where(stays, grown, 0.0)
-            tl.store(at, total, mask=inside)
+        column, lane = tl.program_id(1) * BC + c, tl.program_id(1) % 8
+        inside, ranks = (t < tokens)[:, None] & (column < width)[None, :], (r < R)[:, None] & (column < width)[None, :]
+        tile = tl.load(x + t[:, None] * stride + column[None, :], mask=inside, other=0)
+        at = dx + t[:, None] * width + column[None, :]
+        total = tl.load(at, mask=inside, other=0).to(tl.float32)
+        for g in tl.static_range(G):
+            line = (g * tokens + t[:, None]) * blocks + tl.program_id(1) // 8
+            bits = tl.load(kept + line * BC + c[None, :], mask=(t < tokens)[:, None], other=0).to(tl.int32)
+            stays = ((bits >> lane) & 1) == 1
+            back = tl.load(dh + t[:, None] * (G * R) + g * R + r[None, :], mask=some, other=0).to(tile.dtype)
+            place = (g * R + r[:, None]) * width + column[None, :]
+            tl.atomic_add(da + place, tl.dot(tl.trans(back), tl.where(stays, tile, 0.0)) * scale, mask=ranks)
+            grown = tl.dot(back, tl.load(a + place, mask=ranks, other=0)) * scale
+            total += tl.where(stays, grown, 0.0)
+        tl.store(at, total, mask=inside)
 
     @triton.jit
     def _gate_and_up(
@@ -247,7 +350,8 @@ if triton:
             line = t[:, None] * tl.cdiv(width, 8 * BC) + tl.program_id(1) // 8
             bits = tl.load(kept + line * BC + c[None, :], mask=(t < tokens)[:, None], other=0).to(tl.int32)
             stays = ((bits >> lane) & 1) == 1
-            back = tl.load(dh + t[:, None] * R + r[None, :], mask=(t < tokens)[:, None] & (r < R)[None, :], other=0)
+            some = (t < tokens)[:, None] & (r < R)[None, :]
+            back = tl.load(dh + t[:, None] * R + r[None, :], mask=some, other=0).to(at.dtype)
             gated = tl.sigmoid(gate)
             out = tl.where(stays, gate * gated * up, 0.0).to(at.dtype)
             dat += tl.dot(tl.trans(back), out)
@@ -264,6 +368,144 @@ if triton:
         up_ = (column < width)[:, None] & (r < R)[None, :]
         tl.atomic_add(db + column[:, None] * R + r[None, :], dbg, mask=up_)
         tl.atomic_add(db + (width + column[:, None]) * R + r[None, :], dbu, mask=up_)
+
+    @triton.jit
+    def _cross_entropy(logits, targets, items, losses, width, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+        row, c = tl.program_id(0), tl.arange(0, BLOCK)
+        target, count = tl.load(targets + row), tl.load(items)
+        line = logits + row.to(tl.int64) * width
+        highest, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, width, BLOCK):
+            part = tl.load(line + start + c, mask=start + c < width, other=float("-inf")).to(tl.float32)
+            new = tl.maximum(highest, part)
+            total = total * tl.exp(highest - new) + tl.exp(part - new)
+            highest = new
+        top = tl.max(highest)
+        log_sum = top + tl.log(tl.sum(total * tl.exp(highest - top)))
+        hers = tl.load(line + tl.maximum(target, 0)).to(tl.float32)
+        learned = tl.where(target == IGNORED, 0.0, 1.0 / count)
+        tl.store(losses + row, (log_sum - hers) * learned)
+        tl.debug_barrier()  # all have read the target's logit before it is overwritten
+        for start in range(0, width, BLOCK):
+            at = line + start + c
+            part = tl.load(at, mask=start + c < width, other=float("-inf")).to(tl.float32)
+            d = (tl.exp(part - log_sum) - tl.where(start + c == target, 1.0, 0.0)) * learned
+            tl.store(at, d, mask=start + c < width)
+
+    @triton.jit
+    def _cross(
+        dy, h, b, db, dh, tokens, width, end0, end1,
+        GR: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    ):  # fmt: skip
+        column, r = tl.program_id(1) * BC + tl.arange(0, BC), tl.arange(0, RANKS)
+        layer = (column >= end0).to(tl.int32) + (column >= end1).to(tl.int32)
+        rank = r[None, :] - layer[:, None] * R
+        own = (rank >= 0) & (rank < R) & (column < width)[:, None]  # of its layer's ranks, (BC, RANKS)
+        at = column[:, None] * R + rank
+        wide = tl.load(b + at, mask=own, other=0)
+        total = tl.zeros((BC, RANKS), tl.float32)
+        stripe = tl.cdiv(tl.cdiv(tokens, BT), tl.num_programs(0))
+        for tile in range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe):
+            t = tile * BT + tl.arange(0, BT)
+            inside = (t < tokens)[:, None] & (column < width)[None, :]
+            some = (t < tokens)[:, None] & (r < GR)[None, :]
+            d = tl.load(dy + t[:, None] * width + column[None, :], mask=inside, other=0)
+            narrow_ = tl.load(h + t[:, None] * GR + r[None, :], mask=some, other=0)
+            total += tl.dot(tl.trans(d), narrow_)
+            tl.atomic_add(dh + t[:, None] * GR + r[None, :], tl.dot(d, wide), mask=some)
+        tl.atomic_add(db + at, total, mask=own)
+
+    @triton.jit
+    def _norm_back(dy, x, rms, weight, onto, dx, width, ONTO: tl.constexpr, BLOCK: tl.constexpr):
+        row, c = tl.program_id(0), tl.arange(0, BLOCK)
+        inside, at = c < width, tl.program_id(0) * width + c
+        scale = tl.load(rms + row)
+        d = tl.load(dy + at, mask=inside, other=0).to(tl.float32) * tl.load(weight + c, mask=inside, other=0)
+        y = tl.load(x + at, mask=inside, other=0).to(tl.float32) * scale
+        out = (d - y * (tl.sum(d * y) / width)) * scale
+        if ONTO:
+            out += tl.load(onto + at, mask=inside, other=0).to(tl.float32)
+        tl.store(dx + at, out, mask=inside)
+
+    @triton.jit
+    def _attend(
+        q, k, v, out, lse, first, tokens, stride, scale,
+        H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
+    ):  # fmt: skip
+        t, d, head = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, D), tl.program_id(1)
+        begin = tl.load(first + t, mask=t < tokens, other=tokens)
+        query = tl.load(q + t[:, None] * stride + head * D + d[None, :], mask=(t < tokens)[:, None], other=0)
+        kv = head // (H // KV) * D + d[None, :]
+        highest, total = tl.full((BT,), -1e30, tl.float32), tl.zeros((BT,), tl.float32)
+        summed = tl.zeros((BT, D), tl.float32)
+        for start in range(tl.min(begin) // BT * BT, (tl.program_id(0) + 1) * BT, BT):
+            s = start + tl.arange(0, BT)
+            key = tl.load(k + s[:, None] * stride + kv, mask=(s < tokens)[:, None], other=0)
+            value = tl.load(v + s[:, None] * stride + kv, mask=(s < tokens)[:, None], other=0)
+            seen = (s[None, :] >= begin[:, None]) & (s[None, :] <= t[:, None])
+            scores = tl.where(seen, tl.dot(query, tl.trans(key)) * scale, -1e30)
+            new = tl.maximum(highest, tl.max(scores, 1))
+            p, shrink = tl.where(seen, tl.exp(scores - new[:, None]), 0.0), tl.exp(highest - new)
+            total, highest = total * shrink + tl.sum(p, 1), new
+            summed = summed * shrink[:, None] + tl.dot(p.to(value.dtype), value)
+        total = tl.where(total == 0, 1.0, total)  # beyond the last token
+        at = (t[:, None] * H + head) * D + d[None, :]
+        tl.store(out + at, summed / total[:, None], mask=(t < tokens)[:, None])
+        tl.store(lse + t * H + head, highest + tl.log(total), mask=t < tokens)
+
+    @triton.jit
+    def _attend_back_q(
+        q, k, v, dout, out, lse, delta, grads, first, tokens, stride, gstride, scale,
+        H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
+    ):  # fmt: skip
+        t, d, head = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, D), tl.program_id(1)
+        inside = (t < tokens)[:, None]
+        begin = tl.load(first + t, mask=t < tokens, other=tokens)
+        query = tl.load(q + t[:, None] * stride + head * D + d[None, :], mask=inside, other=0)
+        at = (t[:, None] * H + head) * D + d[None, :]
+        do = tl.load(dout + at, mask=inside, other=0)
+        weighted = tl.sum(do.to(tl.float32) * tl.load(out + at, mask=inside, other=0).to(tl.float32), 1)
+        tl.store(delta + t * H + head, weighted, mask=t < tokens)
+        log_sum = tl.load(lse + t * H + head, mask=t < tokens, other=0)
+        kv = head // (H // KV) * D + d[None, :]
+        dq = tl.zeros((BT, D), tl.float32)
+        for start in range(tl.min(begin) // BT * BT, (tl.program_id(0) + 1) * BT, BT):
+            s = start + tl.arange(0, BT)
+            key = tl.load(k + s[:, None] * stride + kv, mask=(s < tokens)[:, None], other=0)
+            value = tl.load(v + s[:, None] * stride + kv, mask=(s < tokens)[:, None], other=0)
+            seen = (s[None, :] >= begin[:, None]) & (s[None, :] <= t[:, None])
+            p = tl.where(seen, tl.exp(tl.dot(query, tl.trans(key)) * scale - log_sum[:, None]), 0.0)
+            ds = p * (tl.dot(do, tl.trans(value)) - weighted[:, None]) * scale
+            dq += tl.dot(ds.to(key.dtype), key)
+        tl.store(grads + t[:, None] * gstride + head * D + d[None, :], dq, mask=inside)
+
+    @triton.jit
+    def _attend_back_kv(
+        q, k, v, dout, lse, delta, grads, first, last, tokens, stride, gstride, scale,
+        H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
+    ):  # fmt: skip
+        s, d, kv = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, D), tl.program_id(1)
+        inside = (s < tokens)[:, None]
+        key = tl.load(k + s[:, None] * stride + kv * D + d[None, :], mask=inside, other=0)
+        value = tl.load(v + s[:, None] * stride + kv * D + d[None, :], mask=inside, other=0)
+        dk, dv = tl.zeros((BT, D), tl.float32), tl.zeros((BT, D), tl.float32)
+        end = tl.max(tl.load(last + s, mask=s < tokens, other=0))
+        for head in range(kv * (H // KV), (kv + 1) * (H // KV)):
+            for start in range(tl.program_id(0) * BT, end, BT):
+                t = start + tl.arange(0, BT)
+                begin = tl.load(first + t, mask=t < tokens, other=tokens)
+                query = tl.load(q + t[:, None] * stride + head * D + d[None, :], mask=(t < tokens)[:, None], other=0)
+                do = tl.load(dout + (t[:, None] * H + head) * D + d[None, :], mask=(t < tokens)[:, None], other=0)
+                log_sum = tl.load(lse + t * H + head, mask=t < tokens, other=0)
+                weighted = tl.load(delta + t * H + head, mask=t < tokens, other=0)
+                seen = (s[:, None] >= begin[None, :]) & (s[:, None] <= t[None, :])
+                p = tl.where(seen, tl.exp(tl.dot(key, tl.trans(query)) * scale - log_sum[None, :]), 0.0)
+                dv += tl.dot(p.to(do.dtype), do)
+                ds = p * (tl.dot(value, tl.trans(do)) - weighted[None, :]) * scale
+                dk += tl.dot(ds.to(query.dtype), query)
+        at = grads + s[:, None] * gstride + (H + kv) * D + d[None, :]
+        tl.store(at, dk, mask=inside)
+        tl.store(at + KV * D, dv, mask=inside)
 
     @triton.jit
     def _rotate(heads, cos, sin, sign, tokens, per_token, per_head, HALF: tl.constexpr, BT: tl.constexpr):

@@ -15,7 +15,7 @@ import torch
 from chat.prompt import prompt_ids
 from training import ranks
 from training.data import Example
-from training.fast import Collator, Step, seed
+from training.fast import Step, collate, seed
 from training.recipe import Recipe
 from training.tokens import IGNORED, Encoded
 from training.trainer import as_features, flatten, trained_parameters
@@ -138,12 +138,12 @@ def _seconds(rehearse: Callable[[Sequence[Encoded]], None], rows: Sequence[Encod
 
 def _shape(rows: Sequence[Encoded]) -> tuple[int, int]:
     """What the fast profile records apart."""
-    batch = Collator(len(rows))(as_features(rows))
+    batch = collate(as_features(rows))
     return len(batch["input_ids"]), len(batch["picked"])
 
 
 def _rehearse_fast(step: Step, rows: Sequence[Encoded]) -> None:
-    batch = Collator(len(rows))(as_features(rows))
+    batch = collate(as_features(rows))
     step(batch, sum(row.learned for row in rows), seed(0, 0))
 
 

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from training import fast, ranks
-from training.fast import Collator, Step
+from training.fast import Step, collate
 from training.recipe import Recipe
 from training.tokens import Encoded
 
@@ -94,7 +94,7 @@ def train(
     run is fast. Raises Interrupted after Ctrl-C, ValueError when a gradient is not finite or there is nothing to
     resume.
     """
-    collator = Collator(recipe.rows_a_step) if step else DataCollatorWithFlattening()
+    collator = collate if step else DataCollatorWithFlattening()
     trainer = (partial(FastTrainer, step) if step else FiniteTrainer)(
         model=model,
         args=arguments(recipe, work, fast=step is not None),
