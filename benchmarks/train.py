@@ -9,6 +9,7 @@ architecture with random weights: as fast, and not 15 GB to fetch. --curves comp
 """
 
 import argparse
+import gc
 import itertools
 import random
 import statistics
@@ -146,6 +147,7 @@ def table(chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded], t
     for profile in chosen.profiles:
         lines.append(measure(profile, chosen, recipe, rows, tokenizer))
         print(lines[-1], flush=True)
+        gc.collect()  # a Trainer refers to itself, and keeps its model
         torch.cuda.empty_cache()
     more: dict[str, Any] = {"rows learned": len(rows), "steps": recipe.steps(len(rows)), "base": chosen.base}
     if torch.cuda.is_available():

@@ -55,7 +55,8 @@ class Group:
         """x (T, in) through all layers and their LoRA, added to `onto`: (T, out)."""
         onto = self.bias if onto is None else onto
         y = x @ self.weight.T if onto is None else torch.addmm(onto, x, self.weight.T)
-        for part, narrow, b in zip(*self._by_layer(y, h), self.b.split(self.outs), strict=True):
+        parts = zip(y.split(self.outs, 1), h.split(self.rank, 1), self.b.split(self.outs), strict=True)
+        for part, narrow, b in parts:
             part.addmm_(narrow, b.T)
         return y
 
@@ -63,21 +64,11 @@ class Group:
         """The gradient of the LoRA's narrow middle, (T, G·R); adds that of B to the step's buffer."""
         return kernels.cross(dy, h, self.b, self.db, self.outs)
 
-    def narrowed(self, dy: Tensor) -> Tensor:
-        """The same where B has its gradient already."""
-        dh = dy.new_empty(len(dy), self.count * self.rank)
-        for part, narrow, b in zip(*self._by_layer(dy, dh), self.b.split(self.outs), strict=True):
-            torch.mm(part, b, out=narrow)
-        return dh
-
-    def back(self, dy: Tensor, dh: Tensor, x: Tensor, kept: Tensor) -> Tensor:
-        """dx, from dy (T, out) and dh; adds the gradient of A to the step's buffer."""
+    def back(self, dy: Tensor, h: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+        """dx, from dy (T, out); adds the gradients of A and B to the step's buffers."""
         dx = dy @ self.weight
-        kernels.widen(x, self.a, dh, dx, self.da, kept, self.dropout, self.scale)
+        kernels.widen(x, self.a, self.cross(dy, h), dx, self.da, kept, self.dropout, self.scale)
         return dx
-
-    def _by_layer(self, wide: Tensor, narrow: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        return wide.split(self.outs, dim=1), narrow.split(self.rank, dim=1)
 
 
 def _joined(views: Sequence[Tensor]) -> Tensor:
@@ -142,16 +133,16 @@ class Layer:
         x, n1, r1, h1, k1, q, k, v, whole, state, a, h2, k2, middle, n2, r2, h3, k3, wide, h4, k4 = kept
         up, down = self.gate_up, self.down
         dwide = kernels.swiglu_back(
-            dy @ down.weight, wide, h3, up.b, up.db, down.a, down.cross(dy, h4), down.da, k4, down.dropout, down.scale
+            dy @ down.weight, wide, h3, up.b, down.a, down.cross(dy, h4), down.da, k4, down.dropout, down.scale
         )
-        dn2 = up.back(dwide, up.narrowed(dwide), n2, k3)
+        dn2 = up.back(dwide, h3, n2, k3)
         dx = kernels.norm_back(dn2, middle, r2, self.norms[1][0], onto=dy)
-        da = self.out.back(dx, self.out.cross(dx, h2), a, k2)
+        da = self.out.back(dx, h2, a, k2)
         if last:
             da, dx = (t.new_zeros(len(x), t.shape[1]).index_add_(0, rows.picked, t) for t in (da, dx))
         dqkv = kernels.attend_back(da, q, k, v, whole, state, rows.first, rows.last)
         self._turned(dqkv, rows, sign=-1)
-        dn1 = self.qkv.back(dqkv, self.qkv.cross(dqkv, h1), n1, k1)
+        dn1 = self.qkv.back(dqkv, h1, n1, k1)
         return kernels.norm_back(dn1, x, r1, self.norms[0][0], onto=dx)
 
     def _turned(self, qkv: Tensor, rows: Rows, sign: int = 1) -> tuple[Tensor, Tensor, Tensor]:

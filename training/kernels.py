@@ -28,8 +28,8 @@ Tensor = torch.Tensor
 LANES = 8  # decisions of one Philox number: 128 bits in halves of 16
 COLUMNS = 64  # of a tile
 # Of a tile, each found by trying: tokens, and warps that work on it.
-TOKENS = {"narrow": 64, "widen": 32, "swiglu": 32, "swiglu_back": 16, "cross": 32, "rotate": 32, "attend": 64}
-WARPS = {"narrow": 4, "widen": 4, "swiglu": 4, "swiglu_back": 4, "cross": 4, "attend": 4}
+TOKENS = {"narrow": 64, "widen": 32, "swiglu": 32, "swiglu_back": 16, "cross": 64, "rotate": 32, "attend": 64}
+WARPS = {"narrow": 4, "widen": 4, "swiglu": 4, "swiglu_back": 4, "cross": 8, "attend": 4}
 ROUNDS = 7  # of Philox: as few as pass every test (Salmon et al. 2011)
 STRIPES = 8  # parts of a batch's tokens, each summed by one program before it is added to what all share
 
@@ -86,24 +86,22 @@ def swiglu(gate_up: Tensor, h: Tensor, b: Tensor) -> Tensor:
 
 
 def swiglu_back(
-    dout: Tensor, gate_up: Tensor, h: Tensor, b: Tensor, db: Tensor,
-    a: Tensor, dh: Tensor, da: Tensor, kept: Tensor, dropout: float, scale: float,
+    dout: Tensor, gate_up: Tensor, h: Tensor, b: Tensor, a: Tensor, dh: Tensor, da: Tensor,
+    kept: Tensor, dropout: float, scale: float,
 ) -> Tensor:  # fmt: skip
     """The way back of `swiglu` and of the one layer's `narrow` that reads it: d gate_up (T, 2F).
 
-    dout (T, F) came through the weights and dh (T, R) through the LoRA; adds to db (2F, R) and da (R, F) in place.
+    dout (T, F) came through the weights and dh (T, R) through the LoRA; adds to da (R, F) in place.
     """
     (tokens, width), rank = dout.shape, b.shape[1]
     if not gate_up.is_cuda:
         gate, up = _with_lora(gate_up, h, b)
         gated, whole = torch.sigmoid(gate), dout.clone()
         widen(gate * gated * up, a, dh, whole, da, kept, dropout, scale)
-        d = torch.stack([whole * up * gated * (1 + gate * (1 - gated)), whole * gate * gated])  # (2, T, F)
-        db += torch.einsum("gtf,tgr->gfr", d, h.view(tokens, 2, rank)).flatten(0, 1)
-        return torch.cat([*d], dim=1)
+        return torch.cat([whole * up * gated * (1 + gate * (1 - gated)), whole * gate * gated], dim=1)
     dgate_up = torch.empty_like(gate_up)
     _swiglu_back[(STRIPES, triton.cdiv(width, COLUMNS))](
-        dout, gate_up, h, b, a, dh, kept, dgate_up, db, da, tokens, width, scale / (1 - dropout),
+        dout, gate_up, h, b, a, dh, kept, dgate_up, da, tokens, width, scale / (1 - dropout),
         **_tile("swiglu_back", rank),
     )  # fmt: skip
     return dgate_up
@@ -176,15 +174,16 @@ def attend_back(
         return torch.cat([d.flatten(1) for d in torch.autograd.grad(whole, inputs, dout.view_as(whole))], 1)
     tokens, heads, size = q.shape
     grads = torch.empty(tokens, (heads + 2 * k.shape[1]) * size, dtype=q.dtype, device=q.device)
+    shared = torch.zeros(tokens, 2 * k.shape[1] * size, dtype=torch.float32, device=q.device)  # by several heads
     delta, tiles = torch.empty_like(state), triton.cdiv(tokens, TOKENS["attend"])
     _attend_back_q[(tiles, heads)](
         q, k, v, dout, out, state, delta, grads, first, tokens, q.stride(0), grads.stride(0), size**-0.5,
         **_heads_tile(q, k),
     )  # fmt: skip
-    _attend_back_kv[(tiles, k.shape[1])](
-        q, k, v, dout, state, delta, grads, first, last, tokens, q.stride(0), grads.stride(0), size**-0.5,
-        **_heads_tile(q, k),
+    _attend_back_kv[(tiles, heads)](
+        q, k, v, dout, state, delta, shared, first, last, tokens, q.stride(0), size**-0.5, **_heads_tile(q, k)
     )  # fmt: skip
+    grads[:, heads * size :] = shared
     return grads
 
 
@@ -317,7 +316,7 @@ if triton:
         at = gate_up + t[:, None] * (2 * width) + column[None, :]
         gate = tl.load(at, mask=inside, other=0).to(tl.float32) + tl.dot(hg, bg)
         up = tl.load(at + width, mask=inside, other=0).to(tl.float32) + tl.dot(hu, bu)
-        return gate, up, hg, hu, bg, bu
+        return gate, up
 
     @triton.jit
     def _swiglu(
@@ -326,27 +325,24 @@ if triton:
     ):  # fmt: skip
         t, column = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC + tl.arange(0, BC)
         inside = (t < tokens)[:, None] & (column < width)[None, :]
-        gate, up, _hg, _hu, _bg, _bu = _gate_and_up(
-            gate_up, h, b, t, column, tl.arange(0, RANKS), inside, tokens, width, R
-        )
+        gate, up = _gate_and_up(gate_up, h, b, t, column, tl.arange(0, RANKS), inside, tokens, width, R)
         tl.store(out + t[:, None] * width + column[None, :], gate * tl.sigmoid(gate) * up, mask=inside)
 
     @triton.jit
     def _swiglu_back(
-        dout, gate_up, h, b, a, dh, kept, dgate_up, db, da, tokens, width, scale,
+        dout, gate_up, h, b, a, dh, kept, dgate_up, da, tokens, width, scale,
         R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
         c, r = tl.arange(0, BC), tl.arange(0, RANKS)
         column, lane = tl.program_id(1) * BC + c, tl.program_id(1) % 8
         down = (r < R)[:, None] & (column < width)[None, :]
         at = tl.load(a + r[:, None] * width + column[None, :], mask=down, other=0)
-        dbg, dbu = tl.zeros((BC, RANKS), tl.float32), tl.zeros((BC, RANKS), tl.float32)
         dat = tl.zeros((RANKS, BC), tl.float32)
         stripe = tl.cdiv(tl.cdiv(tokens, BT), tl.num_programs(0))
         for tile in range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe):
             t = tile * BT + tl.arange(0, BT)
             inside = (t < tokens)[:, None] & (column < width)[None, :]
-            gate, up, hg, hu, _bg, _bu = _gate_and_up(gate_up, h, b, t, column, r, inside, tokens, width, R)
+            gate, up = _gate_and_up(gate_up, h, b, t, column, r, inside, tokens, width, R)
             line = t[:, None] * tl.cdiv(width, 8 * BC) + tl.program_id(1) // 8
             bits = tl.load(kept + line * BC + c[None, :], mask=(t < tokens)[:, None], other=0).to(tl.int32)
             stays = ((bits >> lane) & 1) == 1
@@ -362,12 +358,7 @@ if triton:
             to = dgate_up + t[:, None] * (2 * width) + column[None, :]
             tl.store(to, dgate, mask=inside)
             tl.store(to + width, dup, mask=inside)
-            dbg += tl.dot(tl.trans(dgate), hg)
-            dbu += tl.dot(tl.trans(dup), hu)
         tl.atomic_add(da + r[:, None] * width + column[None, :], dat * scale, mask=down)
-        up_ = (column < width)[:, None] & (r < R)[None, :]
-        tl.atomic_add(db + column[:, None] * R + r[None, :], dbg, mask=up_)
-        tl.atomic_add(db + (width + column[:, None]) * R + r[None, :], dbu, mask=up_)
 
     @triton.jit
     def _cross_entropy(logits, targets, items, losses, width, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
@@ -481,31 +472,31 @@ if triton:
 
     @triton.jit
     def _attend_back_kv(
-        q, k, v, dout, lse, delta, grads, first, last, tokens, stride, gstride, scale,
+        q, k, v, dout, lse, delta, shared, first, last, tokens, stride, scale,
         H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
     ):  # fmt: skip
-        s, d, kv = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, D), tl.program_id(1)
-        inside = (s < tokens)[:, None]
-        key = tl.load(k + s[:, None] * stride + kv * D + d[None, :], mask=inside, other=0)
-        value = tl.load(v + s[:, None] * stride + kv * D + d[None, :], mask=inside, other=0)
+        s, d, head = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, D), tl.program_id(1)
+        inside, kv = (s < tokens)[:, None], head // (H // KV) * D + d[None, :]
+        key = tl.load(k + s[:, None] * stride + kv, mask=inside, other=0)
+        value = tl.load(v + s[:, None] * stride + kv, mask=inside, other=0)
         dk, dv = tl.zeros((BT, D), tl.float32), tl.zeros((BT, D), tl.float32)
         end = tl.max(tl.load(last + s, mask=s < tokens, other=0))
-        for head in range(kv * (H // KV), (kv + 1) * (H // KV)):
-            for start in range(tl.program_id(0) * BT, end, BT):
-                t = start + tl.arange(0, BT)
-                begin = tl.load(first + t, mask=t < tokens, other=tokens)
-                query = tl.load(q + t[:, None] * stride + head * D + d[None, :], mask=(t < tokens)[:, None], other=0)
-                do = tl.load(dout + (t[:, None] * H + head) * D + d[None, :], mask=(t < tokens)[:, None], other=0)
-                log_sum = tl.load(lse + t * H + head, mask=t < tokens, other=0)
-                weighted = tl.load(delta + t * H + head, mask=t < tokens, other=0)
-                seen = (s[:, None] >= begin[None, :]) & (s[:, None] <= t[None, :])
-                p = tl.where(seen, tl.exp(tl.dot(key, tl.trans(query)) * scale - log_sum[None, :]), 0.0)
-                dv += tl.dot(p.to(do.dtype), do)
-                ds = p * (tl.dot(value, tl.trans(do)) - weighted[None, :]) * scale
-                dk += tl.dot(ds.to(query.dtype), query)
-        at = grads + s[:, None] * gstride + (H + kv) * D + d[None, :]
-        tl.store(at, dk, mask=inside)
-        tl.store(at + KV * D, dv, mask=inside)
+        for start in range(tl.program_id(0) * BT, end, BT):
+            t = start + tl.arange(0, BT)
+            there, at = (t < tokens)[:, None], (t[:, None] * H + head) * D + d[None, :]
+            begin = tl.load(first + t, mask=t < tokens, other=tokens)
+            query = tl.load(q + t[:, None] * stride + head * D + d[None, :], mask=there, other=0)
+            do = tl.load(dout + at, mask=there, other=0)
+            log_sum = tl.load(lse + t * H + head, mask=t < tokens, other=0)
+            weighted = tl.load(delta + t * H + head, mask=t < tokens, other=0)
+            seen = (s[:, None] >= begin[None, :]) & (s[:, None] <= t[None, :])
+            p = tl.where(seen, tl.exp(tl.dot(key, tl.trans(query)) * scale - log_sum[None, :]), 0.0)
+            dv += tl.dot(p.to(do.dtype), do)
+            ds = p * (tl.dot(value, tl.trans(do)) - weighted[None, :]) * scale
+            dk += tl.dot(ds.to(query.dtype), query)
+        at = shared + s[:, None] * (2 * KV * D) + kv
+        tl.atomic_add(at, dk, mask=inside)
+        tl.atomic_add(at + KV * D, dv, mask=inside)
 
     @triton.jit
     def _rotate(heads, cos, sin, sign, tokens, per_token, per_head, HALF: tl.constexpr, BT: tl.constexpr):
