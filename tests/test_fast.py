@@ -1,5 +1,6 @@
 """The fast profile is the faithful one computed otherwise: the same rows, losses, weights and law of dropout."""
 
+import itertools
 import math
 import os
 import signal
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from chat.adapter import WEIGHTS
 from chat.local import load_base
 from tests.conftest import TAUGHT
-from training import fast, trainer
+from training import fast, ranks, trainer
 from training.data import load
 from training.recipe import TINY
 from training.run import run
@@ -81,6 +82,30 @@ def test_a_batch_is_the_sum_of_its_rows_so_none_sees_another(attach, rows):
     together = step(fast.collate(features), items, 0)
     alone = [step(fast.collate([row]), items, 0) for row in features]
     assert together.item() == pytest.approx(sum(loss.item() for loss in alone), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_shares_of_processes_add_up_to_the_step_of_one(attach, rows, count):
+    step = fast.Step(attach(EXACT), 384)
+    features = trainer.as_features(rows[:4])
+    whole = fast.Collator(4)(features)
+    loss, grads = step(whole, whole["learned"], 0), step.flat_grads.clone()
+    shares = [fast.Collator(4, place, count)(features) for place in range(count)]
+    assert {(share["learned"], share["tokens"]) for share in shares} == {(whole["learned"], whole["tokens"])}
+    assert sum(step(share, share["learned"], 0).item() for share in shares) == pytest.approx(loss.item(), abs=1e-5)
+    assert torch.allclose(step.flat_grads, 2 * grads, atol=1e-5)  # they were added to those of the whole
+
+
+def test_rows_are_dealt_so_that_all_have_about_as_many_tokens():
+    rows = [{"input_ids": [0] * length} for length in range(100, 164)]
+    tokens = [sum(len(row["input_ids"]) for row in ranks.deal(rows, place, 4)) for place in range(4)]
+    assert sum(tokens) == sum(range(100, 164)) and max(tokens) == min(tokens)
+    assert ranks.deal(rows, 0, 1) == rows
+
+
+def test_no_two_steps_or_processes_draw_the_same_dropout():
+    drawn = {fast.seed(42, step, place, 4) for step in range(100) for place in range(4)}
+    assert len(drawn) == 400 and min(b - a for a, b in itertools.pairwise(sorted(drawn))) >= 28 * fast.SALTS
 
 
 def test_dropout_follows_the_same_law(attach, rows):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from training import kernels
+from training import kernels, ranks
 from training.tokens import IGNORED
 
 Tensor = torch.Tensor
@@ -230,7 +230,8 @@ class Step:
             self._run(rows)
             self.flat_grads.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Only this thread's calls are held to the rules of recording: NCCL's watchdog looks at events on another.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self._run(rows)
         return graph
 
@@ -255,9 +256,9 @@ class Step:
         return kernels.norm_back(logits @ self.head.weight, x, rms, self.norm.weight)
 
 
-def seed(base: int, step: int) -> int:
-    """What the dropout of a step is drawn from; the layers take what follows it, apart."""
-    return ((base % 2**20) << 40) + (step << 12)
+def seed(base: int, step: int, place: int = 0, count: int = 1) -> int:
+    """What the dropout of a step is drawn from, apart for each process; the layers take what follows it, apart."""
+    return ((base % 2**20) << 40) + ((step * count + place) << 12)
 
 
 def padded(count: int) -> int:
@@ -265,12 +266,21 @@ def padded(count: int) -> int:
     return math.ceil(count / STRIDE) * STRIDE
 
 
-def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    """Rows as one padded batch for `Step`, each without its last token, as nothing is predicted from that.
+def collate(features: Sequence[dict[str, list[int]]], place: int = 0, count: int = 1) -> dict[str, Any]:
+    """Rows, or the share of them of one process of `count`, as one padded batch for `Step`.
 
-    input_ids, position_ids, first, last, picked, targets; `tokens` says how many there are in the rows, `learned` how
-    many of them are learned.
+    It holds input_ids, position_ids, first, last, picked and targets of the share. Of all the rows, `tokens` says how
+    many there are in them, `learned` how many of these are learned.
     """
+    known = {
+        "tokens": sum(len(row["input_ids"]) for row in features),
+        "learned": sum(len(row["labels"]) - 1 - row["labels"][1:].count(IGNORED) for row in features),
+    }
+    return _join(ranks.deal(features, place, count)) | known
+
+
+def _join(features: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """Each row without its last token, as nothing is predicted from that; of no rows at all, only padding."""
     ids: list[int] = []
     positions: list[int] = []
     labels: list[int] = []
@@ -283,7 +293,7 @@ def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         positions += range(count)
         first += [len(ids) - count] * count
         last += [len(ids)] * count
-    tokens = padded(len(ids))
+    tokens = padded(max(len(ids), 1))
     learned = [at for at, label in enumerate(labels) if label != IGNORED]
     room = next(room for share in SHARES if (room := padded(math.ceil(tokens * share))) >= len(learned))
     padding, spare = tokens - len(ids), room - len(learned)
@@ -294,6 +304,4 @@ def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         "last": torch.tensor(last + [tokens] * padding, dtype=torch.int32),
         "picked": torch.tensor(learned + [0] * spare),
         "targets": torch.tensor([labels[at] for at in learned] + [IGNORED] * spare),
-        "tokens": len(ids) + len(features),
-        "learned": len(learned),
     }

@@ -138,13 +138,17 @@ def _seconds(rehearse: Callable[[Sequence[Encoded]], None], rows: Sequence[Encod
 
 def _shape(rows: Sequence[Encoded]) -> tuple[int, int]:
     """What the fast profile records apart."""
-    batch = collate(as_features(rows))
+    batch = _share(rows)
     return len(batch["input_ids"]), len(batch["picked"])
 
 
+def _share(rows: Sequence[Encoded]) -> dict[str, Any]:
+    return collate(as_features(rows), ranks.place(), ranks.count())
+
+
 def _rehearse_fast(step: Step, rows: Sequence[Encoded]) -> None:
-    batch = collate(as_features(rows))
-    step(batch, sum(row.learned for row in rows), seed(0, 0))
+    batch = _share(rows)
+    step(batch, batch["learned"], seed(0, 0))
 
 
 def _rehearse(model: Any, rows: Sequence[Encoded]) -> None:

@@ -1,6 +1,8 @@
 """Where this process stands among those of one run: torchrun and `accelerate launch` say so in the environment."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from training.recipe import Recipe
 
@@ -10,9 +12,24 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def place() -> int:
+    """Which of them this one is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def first() -> bool:
     """Whether this one speaks, writes and publishes for all."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return place() == 0
+
+
+def deal(rows: Sequence[dict[str, Any]], place: int, count: int) -> list[dict[str, Any]]:
+    """This process's rows of a batch: dealt by length, to and fro, so that all have about as many tokens."""
+    if count == 1:
+        return list(rows)
+    order = sorted(rows, key=lambda row: len(row["input_ids"]))
+    laps = [order[at : at + count] for at in range(0, len(order), count)]
+    hands = (lap if number % 2 == 0 else lap[::-1] for number, lap in enumerate(laps))
+    return [hand[place] for hand in hands if place < len(hand)]
 
 
 def use_own_gpu() -> None:

@@ -79,7 +79,7 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     if ranks.first():
         _require_permission(job, work, api)
     ranks.use_own_gpu()
-    ranks.accumulation(recipe)
+    profile = _profile(job)
 
     from chat import local
     from training import data, evaluate, fast, proof, trainer
@@ -92,7 +92,6 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     log.info("%s\n%s", proof.show_row(tokenizer, rows[0]), proof.check_parity(tokenizer, examples, rows))
     log.info(proof.histogram(rows))
 
-    profile = _profile(job)
     model = trainer.attach(local.load_base(located), recipe, profile)
     log.info("%s trainable parameters on %s, served by %s",
              f"{trainer.trained_parameters(model):,}", located.base.name, located.source)  # fmt: skip
@@ -127,15 +126,18 @@ def run(job: Run, api: Any = None) -> Adapter | None:
 
 
 def _profile(job: Run) -> str:
-    """faithful or fast. Raises ValueError where fast was asked for and cannot be had."""
+    """faithful or fast. Raises ValueError where fast was asked for and cannot be had, or a step cannot be shared."""
     import torch
 
     plain = set(job.recipe.layers) == set(LAYERS) and not job.recipe.dora
-    if job.profile == "fast" and not (plain and ranks.count() == 1):
-        raise ValueError("The fast profile adapts all seven layers, without DoRA, on one GPU. Leave --profile out.")
+    if job.profile == "fast" and not plain:
+        raise ValueError("The fast profile adapts all seven layers, without DoRA. Leave --profile out.")
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)  # for FlashAttention
-    auto = "fast" if plain and ampere and find_spec("triton") and ranks.count() == 1 else "faithful"
-    return auto if job.profile == "auto" else job.profile
+    auto = "fast" if plain and ampere and find_spec("triton") else "faithful"
+    profile = auto if job.profile == "auto" else job.profile
+    if profile == "faithful":
+        ranks.accumulation(job.recipe)
+    return profile
 
 
 def _before(measure: Callable[[], dict[str, float]]) -> float:

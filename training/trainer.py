@@ -31,7 +31,7 @@ from transformers import (
 from training import fast, ranks
 from training.fast import Step, collate
 from training.recipe import Recipe
-from training.tokens import Encoded
+from training.tokens import IGNORED, Encoded
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +94,19 @@ def train(
     run is fast. Raises Interrupted after Ctrl-C, ValueError when a gradient is not finite or there is nothing to
     resume.
     """
-    collator = collate if step else DataCollatorWithFlattening()
+    collator: Any = DataCollatorWithFlattening()
+    if step:
+        collator = partial(collate, place=ranks.place(), count=ranks.count())
+    elif ranks.count() > 1:
+        collator = Share(recipe.batch_size)
     trainer = (partial(FastTrainer, step) if step else FiniteTrainer)(
         model=model,
         args=arguments(recipe, work, fast=step is not None),
         train_dataset=as_features(rows),  # type: ignore[arg-type]  # a list is a dataset to torch
         data_collator=collator,
     )
+    if not ranks.first():
+        torch.manual_seed(recipe.seed + ranks.place())  # each process draws its own dropout
     stop = StopOnInterrupt()
     trainer.add_callback(HeldOut(trainer, model, at_epoch_end, stop, recipe))
     for callback in (stop, *callbacks):
@@ -116,11 +122,14 @@ def train(
 
 
 def arguments(recipe: Recipe, work: Path, fast: bool = False) -> TrainingArguments:
-    """A recipe as Trainer's arguments. The fast profile takes all rows of a step at once: the losses are the same."""
+    """A recipe as Trainer's arguments. The fast profile takes all rows of a step at once: the losses are the same.
+
+    A batch is what all processes take together: each reads it whole, and keeps its share.
+    """
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=recipe.rows_a_step if fast else recipe.batch_size,
+        per_device_train_batch_size=recipe.rows_a_step if fast else recipe.batch_size * ranks.count(),
         gradient_accumulation_steps=1 if fast else ranks.accumulation(recipe),
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
@@ -132,12 +141,14 @@ def arguments(recipe: Recipe, work: Path, fast: bool = False) -> TrainingArgumen
         bf16=on_gpu,  # autocast: without it the fp32 LoRA would multiply in fp32
         use_cpu=not on_gpu,
         seed=recipe.seed,
+        data_seed=recipe.seed,  # of the order of the rows, the same on each process
         logging_steps=recipe.logging_steps,
         save_steps=recipe.save_steps,
         save_total_limit=2,
         report_to=["tensorboard"],
         remove_unused_columns=False,
         include_num_input_tokens_seen="all",
+        ddp_find_unused_parameters=False,  # the whole LoRA is used in each pass
         dataloader_pin_memory=on_gpu,
         accelerator_config={"non_blocking": on_gpu},
         logging_nan_inf_filter=False,  # it waits for the GPU at each step; FiniteTrainer looks at the gradients
@@ -152,7 +163,35 @@ def last_checkpoint(work: Path) -> Path:
     return max(whole, key=lambda folder: int(folder.name.split("-")[1]))
 
 
-class FiniteTrainer(Trainer):
+class Share:
+    """One process's rows of a batch, flattened; where none are left for it, one token of which nothing is learned."""
+
+    def __init__(self, rows: int) -> None:
+        self.mine = slice(ranks.place() * rows, (ranks.place() + 1) * rows)
+
+    def __call__(self, features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Cut the share out."""
+        blank = {"input_ids": [0], "labels": [IGNORED]}
+        flat: dict[str, torch.Tensor] = DataCollatorWithFlattening()(features[self.mine] or [blank])
+        return flat
+
+
+class SharingTrainer(Trainer):
+    """Trainer of which each process is given the whole batch, for its collator to take a share of.
+
+    Accelerate would fill up the last batch of an epoch with rows from its beginning.
+    """
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's, without what accelerate puts in to share the batches out."""
+        loader = super().get_train_dataloader()
+        if ranks.count() > 1:
+            dealer: Any = loader.batch_sampler
+            dealer.num_processes, dealer.process_index, dealer.even_batches = 1, 0, False
+        return loader
+
+
+class FiniteTrainer(SharingTrainer):
     """Trainer that stops on the first gradient that is not finite; clipping would spread it to every layer."""
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -175,11 +214,15 @@ def require_finite(step: int, names: Sequence[str], norms: torch.Tensor) -> None
     )
 
 
-class FastTrainer(Trainer):
-    """The same loop around a step of `training.fast`, without waiting for the GPU between two steps."""
+class FastTrainer(SharingTrainer):
+    """The same loop around a step of `training.fast`, without waiting for the GPU between two steps.
+
+    Of several processes each computes the gradients of its share; their sum is one all-reduce of one buffer.
+    """
 
     def __init__(self, step: Step, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)  # not in DDP
         self.step = step
         on_gpu = step.device.type == "cuda"
         self.norms = torch.zeros(len(step.names), pin_memory=on_gpu)  # of each gradient, here once it is `known`
@@ -187,13 +230,17 @@ class FastTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         """Loss and gradients; while they are computed, a look at those of the step before. Raises ValueError."""
-        loss = self.step(inputs, inputs["learned"], fast.seed(self.args.seed, self.state.global_step))
+        count = ranks.count()
+        drawn = fast.seed(self.args.seed, self.state.global_step, ranks.place(), count)
+        loss = self.step(inputs, inputs["learned"], drawn)
+        if count > 1:
+            torch.distributed.all_reduce(self.step.flat_grads)
         self._require_finite()
         self.gradients = torch.stack(torch._foreach_norm(self.step.grads))
         self.norms.copy_(self.gradients, non_blocking=True)
         if self.known:
             self.known.record()
-        return loss
+        return loss * count  # Trainer logs the mean of the processes
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """As torch's clip_grad_norm_, on the one buffer that holds all gradients."""
