@@ -88,9 +88,9 @@ def test_a_batch_is_the_sum_of_its_rows_so_none_sees_another(attach, rows):
 def test_the_shares_of_processes_add_up_to_the_step_of_one(attach, rows, count):
     step = fast.Step(attach(EXACT), 384)
     features = trainer.as_features(rows[:4])
-    whole = fast.Collator(4)(features)
+    whole = fast.collate(features)
     loss, grads = step(whole, whole["learned"], 0), step.flat_grads.clone()
-    shares = [fast.Collator(4, place, count)(features) for place in range(count)]
+    shares = [fast.collate(features, place, count) for place in range(count)]
     assert {(share["learned"], share["tokens"]) for share in shares} == {(whole["learned"], whole["tokens"])}
     assert sum(step(share, share["learned"], 0).item() for share in shares) == pytest.approx(loss.item(), abs=1e-5)
     assert torch.allclose(step.flat_grads, 2 * grads, atol=1e-5)  # they were added to those of the whole

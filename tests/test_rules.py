@@ -17,6 +17,7 @@ PRODUCT = [ROOT / "app.py", *(path for name in PACKAGES for path in sorted((ROOT
 HEAVY = {
     "chat/local.py",
     "training/trainer.py",
+    "training/shards.py",
     "training/fast.py",
     "training/kernels.py",
     "training/proof.py",

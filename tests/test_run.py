@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chat.adapter import FILES, METRICS, WEIGHTS, Adapter
+from chat.adapter import FILES, WEIGHTS, Adapter
 from chat.persona import SYSTEM_PROMPT
 from tests.conftest import ROOT, TAUGHT
 from training import trainer
@@ -264,53 +264,6 @@ def test_what_the_gate_would_refuse_at_the_end_is_refused_at_the_start(tiny_run)
     with pytest.raises(ValueError, match="plain LoRA only"):
         run(job)
     assert not job.work.exists()
-
-
-PROFILES = ("faithful", "fast")
-
-
-@pytest.fixture(scope="module")
-def alone_and_together(tiny_base, tmp_path_factory):
-    """Folders of the same runs by one process and by two, in both profiles; five rows, so that a step is cut short."""
-    asked = {"batch_size": 2, "accumulation": 2, "epochs": 3, "held_out": 3, "probe_replies": 0, "long_chats": 0,
-             "reply_tokens": 1, "logging_steps": 1, "save_steps": 2, "rank": 4}  # fmt: skip
-    folder = tmp_path_factory.mktemp("ranks")
-    common = ["tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT)]
-    common += [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-
-    def words(who, profile):
-        name = f"{who}-{profile}"
-        return [*common, "--profile", profile, "--output", str(folder / name), "--work", str(folder / f"{name}-work")]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for profile in PROFILES:
-            patch.setattr(sys, "argv", ["run", *words("alone", profile)])
-            main()
-    said = launch([words("together", profile) for profile in PROFILES])
-    assert said.count("Forecast:") == len(PROFILES)
-    return folder
-
-
-def launch(runs):
-    """Two processes, and what they said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tests.together"]
-    done = subprocess.run([*command, json.dumps(runs)], cwd=ROOT, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def curve(folder):
-    return json.loads((folder / METRICS).read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_two_processes_give_the_losses_of_one_and_one_adapter(alone_and_together, profile):
-    alone, together = (curve(alone_and_together / f"{who}-{profile}") for who in ("alone", "together"))
-    assert [step for step, _ in alone["loss_curve"]] == [step for step, _ in together["loss_curve"]] == [*range(1, 7)]
-    for there, here in zip(together["loss_curve"], alone["loss_curve"], strict=True):
-        assert there[1] == pytest.approx(here[1], abs=1e-5)
-    for there, here in zip(together["heldout_by_epoch"], alone["heldout_by_epoch"], strict=True):
-        assert there["loss"] == pytest.approx(here["loss"], abs=1e-5)
 
 
 def test_a_step_that_processes_cannot_share_is_refused(tiny_run, monkeypatch):

@@ -1,10 +1,12 @@
-"""Several runs of training in one process of two, as starting it takes the time: a list of command lines."""
+"""Several runs of training by the same processes, as starting these takes the time: command lines, and if in pieces."""
 
 import json
+import os
 import sys
 
 from training.run import main
 
-for words in json.loads(sys.argv[1]):
+for pieces, words in json.loads(sys.argv[1]):
+    os.environ["ACCELERATE_USE_FSDP"] = str(pieces).lower()  # the rest of it is as `accelerate launch` has set it
     sys.argv = ["run", *words]
     main()

@@ -22,6 +22,22 @@ def first() -> bool:
     return place() == 0
 
 
+def sharded() -> bool:
+    """Whether the base is to lie in pieces, one on each process: `accelerate launch` with training/fsdp.yaml."""
+    return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+
+
+def agreed(value: Any) -> Any:
+    """The first one's value on all, so that all decide alike, whatever their GPUs rounded."""
+    if count() == 1:
+        return value
+    from torch import distributed
+
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
+
+
 def deal(rows: Sequence[dict[str, Any]], place: int, count: int) -> list[dict[str, Any]]:
     """This process's rows of a batch: dealt by length, to and fro, so that all have about as many tokens."""
     if count == 1:

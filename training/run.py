@@ -114,6 +114,7 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     del step  # and what it recorded, which measuring has better use for
     log.info("Actual:   %d steps, %.1f min, %.1f GB", expected.steps, seconds / 60, proof.memory_in_use() / 1e9)
 
+    model = trainer.whole(model, partial(local.load_base, located), recipe)
     trainer.round_to_bf16(model)
     metrics = evaluate.measure(model, tokenizer, recipe, examples, held_out)
     metrics |= {"data": data.record(recipe.dataset)}
@@ -129,9 +130,11 @@ def _profile(job: Run) -> str:
     """faithful or fast. Raises ValueError where fast was asked for and cannot be had, or a step cannot be shared."""
     import torch
 
-    plain = set(job.recipe.layers) == set(LAYERS) and not job.recipe.dora
+    plain = set(job.recipe.layers) == set(LAYERS) and not job.recipe.dora and not ranks.sharded()
     if job.profile == "fast" and not plain:
-        raise ValueError("The fast profile adapts all seven layers, without DoRA. Leave --profile out.")
+        raise ValueError(
+            "The fast profile adapts all seven layers, without DoRA, of a base in one piece. Leave --profile out."
+        )
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)  # for FlashAttention
     auto = "fast" if plain and ampere and find_spec("triton") else "faithful"
     profile = auto if job.profile == "auto" else job.profile

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from training import fast, ranks
+from training import fast, ranks, shards
 from training.fast import Step, collate
 from training.recipe import Recipe
 from training.tokens import IGNORED, Encoded
@@ -99,12 +99,14 @@ def train(
         collator = partial(collate, place=ranks.place(), count=ranks.count())
     elif ranks.count() > 1:
         collator = Share(recipe.batch_size)
-    trainer = (partial(FastTrainer, step) if step else FiniteTrainer)(
-        model=model,
-        args=arguments(recipe, work, fast=step is not None),
-        train_dataset=as_features(rows),  # type: ignore[arg-type]  # a list is a dataset to torch
-        data_collator=collator,
-    )
+    kind: Any = ShardedTrainer if ranks.sharded() else FiniteTrainer
+    with shards.unseen():
+        trainer = (partial(FastTrainer, step) if step else kind)(
+            model=model,
+            args=arguments(recipe, work, fast=step is not None),
+            train_dataset=as_features(rows),
+            data_collator=collator,
+        )
     if not ranks.first():
         torch.manual_seed(recipe.seed + ranks.place())  # each process draws its own dropout
     stop = StopOnInterrupt()
@@ -190,6 +192,15 @@ class SharingTrainer(Trainer):
             dealer.num_processes, dealer.process_index, dealer.even_batches = 1, 0, False
         return loader
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As Trainer's, where this process wrote a state. In a run begun on another number of them it draws anew."""
+        name = "rng_state.pth" if ranks.count() == 1 else f"rng_state_{ranks.place()}.pth"
+        if checkpoint is None or (Path(checkpoint) / name).exists():
+            super()._load_rng_state(checkpoint)
+            return
+        log.info("The run was begun on another number of processes: the rows are the same, dropout draws anew.")
+        torch.manual_seed(fast.seed(self.args.seed, self.state.global_step, ranks.place(), ranks.count()))
+
 
 class FiniteTrainer(SharingTrainer):
     """Trainer that stops on the first gradient that is not finite; clipping would spread it to every layer."""
@@ -198,9 +209,33 @@ class FiniteTrainer(SharingTrainer):
         """As Trainer's, then one look at all gradients. Raises ValueError naming step and layer."""
         loss = super().training_step(model, *args, **kwargs)
         named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        self.sum_up([grad for _, grad in named])
         norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
         require_finite(self.state.global_step + 1, [name for name, _ in named], norms)
         return loss
+
+    def sum_up(self, grads: list[torch.Tensor]) -> None:
+        """Nothing is left to do: DistributedDataParallel has done it."""
+
+
+class ShardedTrainer(FiniteTrainer):
+    """FiniteTrainer on a base that lies in pieces on the processes, each with the whole LoRA."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        keep_from_ddp(self)
+        shards.cut(kwargs["model"])
+
+    def sum_up(self, grads: list[torch.Tensor]) -> None:
+        """The mean, as Trainer has multiplied the loss by the number of processes."""
+        if self.accelerator.sync_gradients:
+            shards.average(grads)
+
+
+def keep_from_ddp(trainer: Trainer) -> None:
+    """Have the model prepared without DistributedDataParallel around it: gradients are summed up here."""
+    accelerator: Any = trainer.accelerator
+    accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
 
 
 def require_finite(step: int, names: Sequence[str], norms: torch.Tensor) -> None:
@@ -222,7 +257,7 @@ class FastTrainer(SharingTrainer):
 
     def __init__(self, step: Step, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)  # not in DDP
+        keep_from_ddp(self)
         self.step = step
         on_gpu = step.device.type == "cuda"
         self.norms = torch.zeros(len(step.names), pin_memory=on_gpu)  # of each gradient, here once it is `known`
@@ -293,10 +328,10 @@ class HeldOut(TrainerCallback):
     def _look(self, state: TrainerState, control: TrainerControl) -> None:
         if not self.measure or self.stop.asked:
             return
-        self.trainer.log(self.measure())
+        self.trainer.log(ranks.agreed(self.measure()))
         losses = [entry["heldout_loss"] for entry in state.log_history if "heldout_loss" in entry]
         best = losses.index(min(losses))
-        if self.patience and best == len(losses) - 1:
+        if self.patience and best == len(losses) - 1 and self.trainer.args.should_save:
             keep(self.model, Path(str(self.trainer.args.output_dir)) / BEST)
         if self.patience and len(losses) - 1 - best >= self.patience:
             log.info("No better held-out loss than %.3f for %d looks: stopping.", losses[best], self.patience)
@@ -313,11 +348,24 @@ def keep(model: torch.nn.Module, path: Path) -> None:
 
 def restore(model: torch.nn.Module, path: Path) -> None:
     """Give the LoRA the weights of `keep`."""
-    kept = load_file(path)
+    _give(model, load_file(path))
+
+
+def _give(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(kept[name])
+                parameter.copy_(weights[name])
+
+
+def whole(model: PeftModel, load_base: Callable[[], PreTrainedModel], recipe: Recipe) -> PeftModel:
+    """The same LoRA on a base that this process can use alone: read anew, if the one it was trained on is in pieces."""
+    if not ranks.sharded():
+        return model
+    learned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    model = attach(load_base(), recipe)
+    _give(model, learned)
+    return model
 
 
 class StopOnInterrupt(TrainerCallback):

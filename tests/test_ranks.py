@@ -1,0 +1,88 @@
+"""A run by two processes is the run of one: the same losses and one adapter, also when it goes on on another number."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chat.adapter import METRICS
+from tests.conftest import ROOT, TAUGHT
+from training.run import main
+from training.trainer import SharingTrainer, last_checkpoint
+
+WAYS = {"faithful": "faithful", "fast": "fast", "pieces": "faithful"}  # of sharing a run, and the profile of each
+# Five rows, four a step: the second step of each epoch has one row for two processes. Step 3 is in mid-epoch.
+ASKED = {"batch_size": 2, "accumulation": 2, "epochs": 3, "held_out": 3, "probe_replies": 0, "long_chats": 0,
+         "reply_tokens": 1, "logging_steps": 1, "save_steps": 3, "rank": 4}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base, tmp_path_factory):
+    """Each way: `alone`; `together`; `joined`, begun alone and ended by two; `left`, begun by two and ended alone."""
+    where = tmp_path_factory.mktemp("ranks")
+    common = ["tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT)]
+    common += [word for name, value in ASKED.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+    def words(who, way):
+        out, work = str(where / who / way), str(where / f"{who}-work" / way)
+        return [*common, "--profile", WAYS[way], "--output", out, "--work", work]
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def alone(*line):
+            patch.setattr(sys, "argv", ["run", *line])
+            main()
+
+        for way in WAYS:
+            alone(*words("alone", way))
+            cut_off(where / "alone-work" / way, where / "joined-work" / way)
+        launch(
+            [(way == "pieces", words("together", way)) for way in WAYS]
+            + [(way == "pieces", [*words("joined", way), "--resume"]) for way in WAYS]
+        )
+        for way in WAYS:
+            cut_off(where / "together-work" / way, where / "left-work" / way)
+            alone(*words("left", way), "--resume")
+    return where
+
+
+def cut_off(work, copy):
+    """A copy of a run's folder as it was after step 3."""
+    shutil.copytree(work, copy)
+    shutil.rmtree(copy / "checkpoint-6")
+    assert last_checkpoint(copy).name == "checkpoint-3"
+
+
+def launch(runs):
+    """Two processes do the runs one after another."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "training/fsdp.yaml"]
+    command += ["-m", "tests.together", json.dumps(runs)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Forecast:") == len(runs)  # only the first one speaks
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("who", ["together", "joined", "left"])
+def test_the_losses_are_those_of_one_process(folder, who, way):
+    one, other = (json.loads((folder / name / way / METRICS).read_text(encoding="utf-8")) for name in ("alone", who))
+    assert [step for step, _ in other["loss_curve"]] == [*range(1, 7)]
+    assert [loss for _, loss in other["loss_curve"]] == pytest.approx([loss for _, loss in one["loss_curve"]], abs=1e-5)
+    held_out = [[entry["loss"] for entry in metrics["heldout_by_epoch"]] for metrics in (one, other)]
+    assert held_out[1] == pytest.approx(held_out[0], abs=1e-5) and len(held_out[0]) == 3
+    assert other["heldout_loss"]["value"] == pytest.approx(one["heldout_loss"]["value"], abs=1e-4)
+
+
+def test_a_run_that_goes_on_on_another_number_does_not_draw_its_first_dropout_again(tmp_path):
+    (tmp_path / "rng_state_0.pth").touch()  # of a run by several processes
+    drawn = []
+    for step in (0, 100):
+        stub = SimpleNamespace(args=SimpleNamespace(seed=42), state=SimpleNamespace(global_step=step))
+        SharingTrainer._load_rng_state(stub, str(tmp_path))
+        drawn.append(torch.rand(8).tolist())
+    torch.manual_seed(42)
+    assert len({tuple(row) for row in [*drawn, torch.rand(8).tolist()]}) == 3
