@@ -2,10 +2,12 @@
 
 python -m benchmarks.train [--base 7b|small|FOLDER] [--random] [--steps 20] [--whole]
 python -m benchmarks.train --curves [--base small]
+python -m benchmarks.train --gpus 1 2 [--random]
 
 The tutorial's script is written anew (padded 4 x 4, gradient checkpointing, no autocast) and, like the faithful one,
 run for some steps and carried over to the whole run; with --whole the fast profile runs it all. --random takes the 7B's
-architecture with random weights: as fast, and not 15 GB to fetch. --curves compares the losses of 200 steps.
+architecture with random weights: as fast, and not 15 GB to fetch. --curves compares the losses of 200 steps; --gpus
+spreads one step over so many GPUs (benchmarks/scale.py).
 """
 
 import argparse
@@ -157,10 +159,24 @@ def table(chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded], t
         for line in lines:
             line["of_ceiling"] = round(100 * floor / line["step_seconds"], 1)
         more |= {"ceiling TFLOP/s": round(rate / 1e12), "floor seconds a step": round(floor, 4)}
-    kind = "cpu" if not torch.cuda.is_available() else "h100" if "H100" in results.machine() else "gpu"
-    name = f"train-{kind}" + ("" if chosen.base == "7b" else f"-{chosen.base}")
+    name = f"train-{kind()}" + ("" if chosen.base == "7b" else f"-{chosen.base}")
     results.save(name, lines, UNITS, **more)
     print(results.table(name), "\n", more, flush=True)
+
+
+def kind() -> str:
+    """What a file of results is called after."""
+    return "cpu" if not torch.cuda.is_available() else "h100" if "H100" in results.machine() else "gpu"
+
+
+def load(chosen: argparse.Namespace) -> tuple[Recipe, Any, list[Encoded]]:
+    """The recipe for the base, the tokenizer, and the rows."""
+    recipe = HUANHUAN if chosen.base == "7b" else replace(POCKET, dataset=("huanhuan",))
+    if chosen.dataset:
+        recipe = replace(recipe, dataset=tuple(chosen.dataset))
+    tokenizer = local.load_tokenizer(local.dense(locate("small" if chosen.random else chosen.base)))
+    rows = [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in data.load(recipe.dataset)]
+    return recipe, tokenizer, rows
 
 
 class Redraw(TrainerCallback):
@@ -198,14 +214,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", default="7b" if torch.cuda.is_available() else "small")
     parser.add_argument("--random", action="store_true", help="the 7B's architecture with random weights")
-    parser.add_argument("--steps", type=int, default=20, help="of a profile that is not run whole")
+    parser.add_argument("--dataset", nargs="+", help="other files than the recipe's")
+    parser.add_argument("--steps", type=int, help="of a profile that is not run whole: 20, or 12 with --gpus")
     parser.add_argument("--whole", action="store_true", help="run the fast profile to its end")
     parser.add_argument("--profiles", nargs="+", default=["tutorial", "faithful", "fast"])
     parser.add_argument("--curves", action="store_true", help="compare losses, not speeds")
+    parser.add_argument("--gpus", type=int, nargs="+", help="numbers of GPUs to spread one step over")
     chosen = parser.parse_args()
-    recipe = HUANHUAN if chosen.base == "7b" else replace(POCKET, dataset=("huanhuan",))
-    tokenizer = local.load_tokenizer(local.dense(locate("small" if chosen.random else chosen.base)))
-    rows = [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in data.load(recipe.dataset)]
+    if chosen.gpus:
+        from benchmarks import scale
+
+        scale.scale(chosen)
+        return
+    chosen.steps = chosen.steps or 20
+    recipe, tokenizer, rows = load(chosen)
     if chosen.curves:
         curves(chosen, recipe, rows)
     else:

@@ -86,3 +86,17 @@ def test_a_run_that_goes_on_on_another_number_does_not_draw_its_first_dropout_ag
         drawn.append(torch.rand(8).tolist())
     torch.manual_seed(42)
     assert len({tuple(row) for row in [*drawn, torch.rand(8).tolist()]}) == 3
+
+
+def test_the_table_of_several_gpus_compares_each_way_with_one_gpu():
+    from benchmarks.scale import compare
+
+    def line(gpus, way, seconds, losses):
+        numbers = {"tokens_per_second": 1, "peak_gib": 1.0}
+        return {"gpus": gpus, "way": way, "rows": 16, "step_seconds": seconds, "losses": losses, **numbers}
+
+    measured = [line(1, "ddp", 2.0, [3.0, 2.0]), line(2, "ddp", 1.25, [3.0, 2.0]), line(2, "fsdp2", 2.0, [3.1, 1.9]),
+                line(2, "fast", 0.1, [3.0])]  # fmt: skip
+    table = compare(measured)
+    assert [row["efficiency"] for row in table] == [100.0, 80.0, 50.0, None]
+    assert [row["loss_difference"] for row in table] == [0.0, 0.0, 0.1, None]
