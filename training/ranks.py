@@ -22,6 +22,11 @@ def first() -> bool:
     return place() == 0
 
 
+def writes(on_each_node: bool) -> bool:
+    """Whether this one writes: the first one, or the first of each machine where these share no disk."""
+    return first() or (on_each_node and int(os.environ.get("LOCAL_RANK", "0")) == 0)
+
+
 def sharded() -> bool:
     """Whether the base is to lie in pieces, one on each process: `accelerate launch` with training/fsdp.yaml."""
     return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
@@ -36,6 +41,11 @@ def agreed(value: Any) -> Any:
     box = [value]
     distributed.broadcast_object_list(box)
     return box[0]
+
+
+def stock_only() -> bool:
+    """Whether `accelerate launch` was told of FSDP or DeepSpeed, which only the stock Trainer knows."""
+    return sharded() or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
 def deal(rows: Sequence[dict[str, Any]], place: int, count: int) -> list[dict[str, Any]]:

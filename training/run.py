@@ -45,6 +45,8 @@ class Run:
     """A repository that the push creates is seen by you alone."""
     pr: bool = False
     """Push to the Hub as a pull request on a repository that is there."""
+    save_on_each_node: bool = False
+    """Of several machines that share no disk, each gets the checkpoints and the adapter."""
 
 
 def main() -> None:
@@ -68,7 +70,8 @@ def main() -> None:
 def run(job: Run, api: Any = None) -> Adapter | None:
     """The whole story: examples, tokens, base, proof, training, measures, card, the gate, and the push.
 
-    Of several processes the first one measures, writes and publishes; the others return None when training is done.
+    Of several processes the first one measures, writes and publishes, and with `save_on_each_node` the first of each
+    machine measures and writes. The others return None when training is done.
 
     Raises ValueError, FileExistsError, Unavailable, Interrupted, PermissionError or ConnectionError, each a sentence
     with the remedy.
@@ -107,8 +110,17 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     expected = proof.forecast(model, rows, recipe, step, pause)
     log.info("Forecast: %s, profile %s", expected, profile)
     began = time.perf_counter()
-    history = trainer.train(model, rows, recipe, work, resume=job.resume, at_epoch_end=measure, step=step)
-    if not ranks.first():
+    history = trainer.train(
+        model,
+        rows,
+        recipe,
+        work,
+        resume=job.resume,
+        at_epoch_end=measure,
+        step=step,
+        on_each_node=job.save_on_each_node,
+    )
+    if not ranks.writes(job.save_on_each_node):
         return None
     seconds = time.perf_counter() - began
     del step  # and what it recorded, which measuring has better use for
@@ -122,7 +134,8 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     metrics["run"]["profile"] = profile
     adapter = _write(model, recipe, metrics, output, located)
     _report(metrics)
-    _publish(job, adapter, api)
+    if ranks.first():
+        _publish(job, adapter, api)
     return adapter
 
 
@@ -130,10 +143,10 @@ def _profile(job: Run) -> str:
     """faithful or fast. Raises ValueError where fast was asked for and cannot be had, or a step cannot be shared."""
     import torch
 
-    plain = set(job.recipe.layers) == set(LAYERS) and not job.recipe.dora and not ranks.sharded()
+    plain = set(job.recipe.layers) == set(LAYERS) and not job.recipe.dora and not ranks.stock_only()
     if job.profile == "fast" and not plain:
         raise ValueError(
-            "The fast profile adapts all seven layers, without DoRA, of a base in one piece. Leave --profile out."
+            "The fast profile adapts all seven layers, without DoRA, FSDP or DeepSpeed. Leave --profile out."
         )
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)  # for FlashAttention
     auto = "fast" if plain and ampere and find_spec("triton") else "faithful"
@@ -171,7 +184,7 @@ def _prepare(job: Run, output: Path, work: Path) -> None:
     if output.exists() and not (output / METRICS).exists():
         raise FileExistsError(f"{output} exists and is no adapter of ours. Name another --output.")
     work.mkdir(parents=True, exist_ok=True)
-    if ranks.first():
+    if ranks.writes(job.save_on_each_node):
         noted.write_text(json.dumps(_as_json(job.recipe), ensure_ascii=False, indent=1), encoding="utf-8")
 
 

@@ -87,12 +87,13 @@ def train(
     at_epoch_end: Callable[[], dict[str, float]] | None = None,
     step: Step | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    on_each_node: bool = False,
 ) -> list[dict[str, float]]:
     """Train the LoRA in place; checkpoints and the TensorBoard log go to `work`. Returns Trainer's log.
 
     `at_epoch_end` measures, at other times too if the recipe says so; what it returns is logged. With a `step` the
-    run is fast. Raises Interrupted after Ctrl-C, ValueError when a gradient is not finite or there is nothing to
-    resume.
+    run is fast; `on_each_node` gives each machine the checkpoints. Raises Interrupted after Ctrl-C, ValueError when a
+    gradient is not finite or there is nothing to resume.
     """
     collator: Any = DataCollatorWithFlattening()
     if step:
@@ -103,7 +104,7 @@ def train(
     with shards.unseen():
         trainer = (partial(FastTrainer, step) if step else kind)(
             model=model,
-            args=arguments(recipe, work, fast=step is not None),
+            args=arguments(recipe, work, fast=step is not None, on_each_node=on_each_node),
             train_dataset=as_features(rows),
             data_collator=collator,
         )
@@ -123,7 +124,7 @@ def train(
     return trainer.state.log_history
 
 
-def arguments(recipe: Recipe, work: Path, fast: bool = False) -> TrainingArguments:
+def arguments(recipe: Recipe, work: Path, fast: bool = False, on_each_node: bool = False) -> TrainingArguments:
     """A recipe as Trainer's arguments. The fast profile takes all rows of a step at once: the losses are the same.
 
     A batch is what all processes take together: each reads it whole, and keeps its share.
@@ -147,6 +148,7 @@ def arguments(recipe: Recipe, work: Path, fast: bool = False) -> TrainingArgumen
         logging_steps=recipe.logging_steps,
         save_steps=recipe.save_steps,
         save_total_limit=2,
+        save_on_each_node=on_each_node,
         report_to=["tensorboard"],
         remove_unused_columns=False,
         include_num_input_tokens_seen="all",
@@ -209,6 +211,8 @@ class FiniteTrainer(SharingTrainer):
         """As Trainer's, then one look at all gradients. Raises ValueError naming step and layer."""
         loss = super().training_step(model, *args, **kwargs)
         named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        if not named:  # DeepSpeed has taken them
+            return loss
         self.sum_up([grad for _, grad in named])
         norms = torch.stack(torch._foreach_norm([grad for _, grad in named]))
         require_finite(self.state.global_step + 1, [name for name, _ in named], norms)
