@@ -92,9 +92,7 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     located = local.dense(_locate(recipe.base))
     tokenizer = local.load_tokenizer(located)
     rows, held_out_rows = (_encode(tokenizer, part, recipe) for part in (examples, held_out))
-    log.info("%s\n%s", proof.show_row(tokenizer, rows[0]), proof.check_parity(tokenizer, examples, rows))
-    log.info(proof.histogram(rows))
-
+    _show(tokenizer, examples, rows)
     model = trainer.attach(local.load_base(located), recipe, profile)
     log.info("%s trainable parameters on %s, served by %s",
              f"{trainer.trained_parameters(model):,}", located.base.name, located.source)  # fmt: skip
@@ -110,16 +108,8 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     expected = proof.forecast(model, rows, recipe, step, pause)
     log.info("Forecast: %s, profile %s", expected, profile)
     began = time.perf_counter()
-    history = trainer.train(
-        model,
-        rows,
-        recipe,
-        work,
-        resume=job.resume,
-        at_epoch_end=measure,
-        step=step,
-        on_each_node=job.save_on_each_node,
-    )
+    train = partial(trainer.train, resume=job.resume, on_each_node=job.save_on_each_node)
+    history = train(model, rows, recipe, work, at_epoch_end=measure, step=step)
     if not ranks.writes(job.save_on_each_node):
         return None
     seconds = time.perf_counter() - began
@@ -137,6 +127,13 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     if ranks.first():
         _publish(job, adapter, api)
     return adapter
+
+
+def _show(tokenizer: Any, examples: list[Any], rows: list[Any]) -> None:
+    from training import proof
+
+    log.info("%s\n%s", proof.show_row(tokenizer, rows[0]), proof.check_parity(tokenizer, examples, rows))
+    log.info(proof.histogram(rows))
 
 
 def _profile(job: Run) -> str:
