@@ -17,14 +17,19 @@ from torch.nn import functional
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import cuda
 except ImportError:  # torch brings Triton where it has a GPU for it
     triton = None
 
 Tensor = torch.Tensor
 CANDIDATES = 200  # most tokens that top_k can leave; they are ordered, so they are few
 CHUNKS = 64  # of the vocabulary, searched side by side
-OUTS, INS, WARPS, STAGES = 16, 256, 4, 4  # of a product's tile, found by trying
-CONTEXT = 128  # keys at once
+# Tiles of a product, found by trying: at most so many rows, outputs, inputs at once, warps, stages. The order in which
+# a row's products are summed is the same in all.
+TILES = ((16, 16, 256, 4, 4), (32, 16, 256, 4, 4), (128, 32, 128, 4, 3))
+STRETCH = 256  # inputs; a part of a sum is a multiple
+CONTEXT = 64  # keys at once
+EARLY = {"PDL": False, "launch_pdl": False}  # launch a kernel while the one before it ends
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,11 @@ def product(x: Tensor, weight: Tensor, parts: int = 1) -> Tensor:
     if not x.is_cuda:
         return functional.linear(x, weight)[None].float()
     y = torch.empty(parts, rows, len(weight), dtype=torch.float32, device=x.device)
-    tall = 16 if rows <= 16 else 32
-    each = triton.cdiv(triton.cdiv(width, INS), parts) * INS
-    _product[(triton.cdiv(len(weight), OUTS), triton.cdiv(rows, tall), parts)](
-        x, weight, y, rows, len(weight), width, each, BN=tall, BO=OUTS, BK=INS, num_warps=WARPS, num_stages=STAGES
+    tall, outs, ins, warps, stages = next((tile for tile in TILES if rows <= tile[0]), TILES[-1])
+    each = triton.cdiv(triton.cdiv(width, STRETCH), parts) * STRETCH
+    _product[(triton.cdiv(rows, tall), triton.cdiv(len(weight), outs), parts)](
+        x, weight, y, rows, len(weight), width, each,
+        BN=tall, BO=outs, BK=ins, num_warps=warps, num_stages=stages, **EARLY,
     )  # fmt: skip
     return y
 
@@ -73,8 +79,9 @@ def turn_and_keep(
         return turned[:, :heads]
     q = torch.empty(rows, heads, size, dtype=keys.dtype, device=y.device)
     _turn_and_keep[(rows, heads + 2 * kv_heads)](
-        y, y if bias is None else bias, lora.b, who, slots, positions, turns, keys, values, q, len(y), rows, y.shape[2], turns.shape[1],
-        keys.shape[2], H=heads, KV=kv_heads, HALF=size // 2, BIAS=bias is not None, **_ranks(lora), num_warps=2,
+        y, y if bias is None else bias, lora.b, who, slots, positions, turns, keys, values, q, len(y), rows,
+        y.shape[2], turns.shape[1], keys.shape[2], H=heads, KV=kv_heads, HALF=size // 2, BIAS=bias is not None,
+        **_ranks(lora), num_warps=2, **EARLY,
     )  # fmt: skip
     return q
 
@@ -89,9 +96,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Te
         told: Tensor = functional.scaled_dot_product_attention(q[:, :, None], k, v, seen, enable_gqa=True)
         return told[:, :, 0].flatten(1)
     out = torch.empty(rows, heads * size, dtype=q.dtype, device=q.device)
-    _attend[(rows, heads)](
+    _attend[(rows, keys.shape[1])](
         q, keys, values, out, slots, positions, keys.shape[2], size**-0.5,
-        H=heads, GROUP=heads // keys.shape[1], D=size, BLOCK=CONTEXT, num_warps=8,
+        H=heads, GROUP=heads // keys.shape[1], D=size, BLOCK=CONTEXT, num_warps=4, **EARLY,
     )  # fmt: skip
     return out
 
@@ -109,7 +116,7 @@ def add_norm(
     _add_norm[(rows,)](
         x, y if y is not None else x, lora.b if lora else x, who, slots, weight, added, normed, eps,
         0 if y is None else len(y), rows, 0 if y is None else y.shape[2], width,
-        BLOCK=triton.next_power_of_2(width), LORA=lora is not None and len(lora.b) > 0, **tile, num_warps=16,
+        BLOCK=triton.next_power_of_2(width), LORA=lora is not None and len(lora.b) > 0, **tile, num_warps=16, **EARLY,
     )  # fmt: skip
     return added, normed
 
@@ -123,7 +130,7 @@ def swiglu(y: Tensor, lora: Lora, who: Tensor, slots: Tensor, dtype: torch.dtype
     rows = len(slots)
     out = torch.empty(rows, width, dtype=dtype, device=y.device)
     _swiglu[(rows, triton.cdiv(width, 512))](
-        y, lora.b, who, slots, out, len(y), rows, y.shape[2], width, BLOCK=512, **_ranks(lora), num_warps=4
+        y, lora.b, who, slots, out, len(y), rows, y.shape[2], width, BLOCK=512, **_ranks(lora), num_warps=4, **EARLY,
     )  # fmt: skip
     return out
 
@@ -188,7 +195,7 @@ def _draw(values: Tensor, ids: Tensor, law: Tensor, seed: int, position: int) ->
     if temperature == 0:
         return ids[values == values[0]].min()
     scores = values / temperature
-    kept = values >= values[min(int(top_k), len(values)) - 1]
+    kept: Tensor = values >= values[min(int(top_k), len(values)) - 1]
     p = torch.where(kept, scores, -torch.inf).softmax(0)
     kept &= p.cumsum(0) - p < top_p
     uniform = torch.rand(len(p), generator=torch.Generator().manual_seed(seed * 1_000_003 + position))
@@ -219,9 +226,13 @@ if triton:
 
     @triton.jit
     def _product(
-        x, w, y, rows, outs, width, each, BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr
+        x, w, y, rows, outs, width, each,
+        BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        o, n = tl.program_id(0) * BO + tl.arange(0, BO), tl.program_id(1) * BN + tl.arange(0, BN)
+        if PDL:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
+        o, n = tl.program_id(1) * BO + tl.arange(0, BO), tl.program_id(0) * BN + tl.arange(0, BN)
         total = tl.zeros((BO, BN), tl.float32)
         for start in range(0, each, BK):
             k = tl.program_id(2) * each + start + tl.arange(0, BK)
@@ -256,8 +267,11 @@ if triton:
     def _turn_and_keep(
         y, bias, b, who, slots, positions, turns, keys, values, q, parts, rows, stride, longest, length,
         H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr,
-        OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
+        OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        if PDL:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
         row, head, i = tl.program_id(0), tl.program_id(1), tl.arange(0, HALF)
         slot, position = tl.load(slots + row), tl.load(positions + row)
         adapter = tl.load(who + slot)
@@ -285,31 +299,40 @@ if triton:
     @triton.jit
     def _attend(
         q, keys, values, out, slots, positions, length, scale,
-        H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+        H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        row, head, d = tl.program_id(0), tl.program_id(1), tl.arange(0, D)
+        if PDL:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
+        row, kv, i, d = tl.program_id(0), tl.program_id(1), tl.arange(0, 16), tl.arange(0, D)
         slot, position = tl.load(slots + row), tl.load(positions + row)
-        query = tl.load(q + (row * H + head) * D + d).to(tl.float32) * scale
-        cache = (slot * (H // GROUP) + head // GROUP) * length * D
-        highest, total, summed = float("-inf"), 0.0, tl.zeros((D,), tl.float32)
+        at, own = (row * H + kv * GROUP + i[:, None]) * D + d[None, :], (i < GROUP)[:, None]  # heads that share a key
+        query = tl.load(q + at, mask=own, other=0)
+        cache = (slot * (H // GROUP) + kv) * length * D
+        highest, total = tl.full((16,), float("-inf"), tl.float32), tl.zeros((16,), tl.float32)
+        summed = tl.zeros((16, D), tl.float32)
         for start in range(0, position + 1, BLOCK):
             s = start + tl.arange(0, BLOCK)
-            at, there = cache + s[:, None] * D + d[None, :], (s <= position)[:, None]
-            key = tl.load(keys + at, mask=there, other=0).to(tl.float32)
-            value = tl.load(values + at, mask=there, other=0).to(tl.float32)
-            scores = tl.where(s <= position, tl.sum(key * query[None, :], 1), float("-inf"))
-            new = tl.maximum(highest, tl.max(scores))
-            p, shrink = tl.exp(scores - new), tl.exp(highest - new)
-            total, highest = total * shrink + tl.sum(p), new
-            summed = summed * shrink + tl.sum(p[:, None] * value, 0)
-        tl.store(out + (row * H + head) * D + d, summed / total)
+            there = s <= position
+            key = tl.load(keys + cache + s[None, :] * D + d[:, None], mask=there[None, :], other=0)
+            value = tl.load(values + cache + s[:, None] * D + d[None, :], mask=there[:, None], other=0)
+            scores = tl.dot(query, key, input_precision="ieee") * scale
+            scores = tl.where(there[None, :], scores, float("-inf"))
+            new = tl.maximum(highest, tl.max(scores, 1))
+            p, shrink = tl.exp(scores - new[:, None]), tl.exp(highest - new)
+            total, highest = total * shrink + tl.sum(p, 1), new
+            summed = summed * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+        tl.store(out + at, summed / total[:, None], mask=own)
 
     @triton.jit
     def _add_norm(
         x, y, b, who, slots, weight, added, normed, eps, parts, rows, stride, width,
         BLOCK: tl.constexpr, LORA: tl.constexpr,
-        OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
+        OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        if PDL:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
         row, c = tl.program_id(0), tl.arange(0, BLOCK)
         inside, adapter = c < width, -1
         if LORA:
@@ -325,8 +348,11 @@ if triton:
     @triton.jit
     def _swiglu(
         y, b, who, slots, out, parts, rows, stride, width, BLOCK: tl.constexpr,
-        OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
+        OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        if PDL:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
         row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside, adapter = c < width, tl.load(who + tl.load(slots + row))
         gate = _column(y, b, parts, rows, stride, row, c, inside, 0, adapter, OUT, G, R, RANKS)

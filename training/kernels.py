@@ -32,6 +32,8 @@ TOKENS = {"narrow": 64, "widen": 32, "swiglu": 32, "swiglu_back": 16, "cross": 6
 WARPS = {"narrow": 4, "widen": 4, "swiglu": 4, "swiglu_back": 4, "cross": 8, "attend": 4}
 ROUNDS = 7  # of Philox: as few as pass every test (Salmon et al. 2011)
 STRIPES = 8  # parts of a batch's tokens, each summed by one program before it is added to what all share
+WIDE = 8192  # outputs; adding to what all share is slow, and the wider a tile, the less it is done
+CROSS = {False: (64, 8), True: (256, 3)}  # columns of a tile and stripes
 
 
 def narrow(
@@ -67,7 +69,7 @@ def widen(x: Tensor, a: Tensor, dh: Tensor, dx: Tensor, da: Tensor, kept: Tensor
         da += torch.einsum("gti,ti,tgr->gri", scaled, x, dh).flatten(0, 1)
         dx += torch.einsum("gti,gri,tgr->ti", scaled, a, dh)
         return
-    _widen[_tiles("widen", tokens, width)](
+    _widen[(STRIPES, triton.cdiv(width, COLUMNS))](
         x, a, dh, dx, da, kept, tokens, width, x.stride(0), scale / (1 - dropout),
         G=groups, **_tile("widen", a.shape[0] // groups),
     )  # fmt: skip
@@ -122,8 +124,9 @@ def cross(dy: Tensor, h: Tensor, b: Tensor, db: Tensor, outs: Sequence[int]) -> 
         return torch.cat(dh, 1).float()
     dh_ = torch.zeros(h.shape, dtype=torch.float32, device=dy.device)
     ends = [*itertools.accumulate(outs), width, width]
-    tile = _tile("cross", rank) | {"RANKS": max(16, triton.next_power_of_2(h.shape[1]))}
-    _cross[(STRIPES, triton.cdiv(width, COLUMNS))](
+    columns, stripes = CROSS[width > WIDE]
+    tile = _tile("cross", rank) | {"RANKS": max(16, triton.next_power_of_2(h.shape[1])), "BC": columns}
+    _cross[(stripes, triton.cdiv(width, columns))](
         dy, h, b, db, dh_, tokens, width, ends[0], ends[1], GR=h.shape[1], **tile
     )  # fmt: skip
     return dh_
@@ -174,16 +177,17 @@ def attend_back(
         return torch.cat([d.flatten(1) for d in torch.autograd.grad(whole, inputs, dout.view_as(whole))], 1)
     tokens, heads, size = q.shape
     grads = torch.empty(tokens, (heads + 2 * k.shape[1]) * size, dtype=q.dtype, device=q.device)
-    shared = torch.zeros(tokens, 2 * k.shape[1] * size, dtype=torch.float32, device=q.device)  # by several heads
+    by_head = torch.empty(tokens, 2, heads, size, dtype=q.dtype, device=q.device)  # several share a key
     delta, tiles = torch.empty_like(state), triton.cdiv(tokens, TOKENS["attend"])
     _attend_back_q[(tiles, heads)](
         q, k, v, dout, out, state, delta, grads, first, tokens, q.stride(0), grads.stride(0), size**-0.5,
         **_heads_tile(q, k),
     )  # fmt: skip
     _attend_back_kv[(tiles, heads)](
-        q, k, v, dout, state, delta, shared, first, last, tokens, q.stride(0), size**-0.5, **_heads_tile(q, k)
+        q, k, v, dout, state, delta, by_head, first, last, tokens, q.stride(0), size**-0.5, **_heads_tile(q, k)
     )  # fmt: skip
-    grads[:, heads * size :] = shared
+    shared = grads[:, heads * size :].unflatten(1, (2, -1, size))
+    torch.sum(by_head.unflatten(2, (k.shape[1], -1)), 3, out=shared)
     return grads
 
 
@@ -286,23 +290,28 @@ if triton:
         x, a, dh, dx, da, kept, tokens, width, stride, scale,
         G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
-        t, c, r = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BC), tl.arange(0, RANKS)
-        blocks, some = tl.cdiv(width, 8 * BC), (t < tokens)[:, None] & (r < R)[None, :]
-        column, lane = tl.program_id(1) * BC + c, tl.program_id(1) % 8
-        inside, ranks = (t < tokens)[:, None] & (column < width)[None, :], (r < R)[:, None] & (column < width)[None, :]
-        tile = tl.load(x + t[:, None] * stride + column[None, :], mask=inside, other=0)
-        at = dx + t[:, None] * width + column[None, :]
-        total = tl.load(at, mask=inside, other=0).to(tl.float32)
+        c, r, column = tl.arange(0, BC), tl.arange(0, RANKS), tl.program_id(1) * BC + tl.arange(0, BC)
+        blocks, lane, ranks = tl.cdiv(width, 8 * BC), tl.program_id(1) % 8, (r < R)[:, None] & (column < width)[None, :]
+        stripe = tl.cdiv(tl.cdiv(tokens, BT), tl.num_programs(0))
         for g in tl.static_range(G):
-            line = (g * tokens + t[:, None]) * blocks + tl.program_id(1) // 8
-            bits = tl.load(kept + line * BC + c[None, :], mask=(t < tokens)[:, None], other=0).to(tl.int32)
-            stays = ((bits >> lane) & 1) == 1
-            back = tl.load(dh + t[:, None] * (G * R) + g * R + r[None, :], mask=some, other=0).to(tile.dtype)
             place = (g * R + r[:, None]) * width + column[None, :]
-            tl.atomic_add(da + place, tl.dot(tl.trans(back), tl.where(stays, tile, 0.0)) * scale, mask=ranks)
-            grown = tl.dot(back, tl.load(a + place, mask=ranks, other=0)) * scale
-            total += tl.where(stays, grown, 0.0)
-        tl.store(at, total, mask=inside)
+            down, grown = tl.load(a + place, mask=ranks, other=0), tl.zeros((RANKS, BC), tl.float32)
+            for tile in range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe):
+                t = tile * BT + tl.arange(0, BT)
+                some, inside = (t < tokens)[:, None], (t < tokens)[:, None] & (column < width)[None, :]
+                read = tl.load(x + t[:, None] * stride + column[None, :], mask=inside, other=0)
+                line = (g * tokens + t[:, None]) * blocks + tl.program_id(1) // 8
+                bits = tl.load(kept + line * BC + c[None, :], mask=some, other=0).to(tl.int32)
+                stays = ((bits >> lane) & 1) == 1
+                back = tl.load(dh + t[:, None] * (G * R) + g * R + r[None, :], mask=some & (r < R)[None, :], other=0)
+                back = back.to(read.dtype)
+                grown += tl.dot(tl.trans(back), tl.where(stays, read, 0.0))
+                at = dx + t[:, None] * width + column[None, :]
+                total = tl.load(at, mask=inside, other=0).to(tl.float32)
+                total += tl.where(stays, tl.dot(back, down) * scale, 0.0)
+                tl.store(at, total, mask=inside)
+            tl.atomic_add(da + place, grown * scale, mask=ranks)
+            tl.debug_barrier()  # the next layer adds to what this one has stored
 
     @triton.jit
     def _gate_and_up(
@@ -400,10 +409,11 @@ if triton:
             t = tile * BT + tl.arange(0, BT)
             inside = (t < tokens)[:, None] & (column < width)[None, :]
             some = (t < tokens)[:, None] & (r < GR)[None, :]
+            theirs = (r >= tl.min(layer) * R) & (r < (tl.max(layer) + 1) * R)  # the ranks that these columns have
             d = tl.load(dy + t[:, None] * width + column[None, :], mask=inside, other=0)
             narrow_ = tl.load(h + t[:, None] * GR + r[None, :], mask=some, other=0)
             total += tl.dot(tl.trans(d), narrow_)
-            tl.atomic_add(dh + t[:, None] * GR + r[None, :], tl.dot(d, wide), mask=some)
+            tl.atomic_add(dh + t[:, None] * GR + r[None, :], tl.dot(d, wide), mask=some & theirs[None, :])
         tl.atomic_add(db + at, total, mask=own)
 
     @triton.jit
@@ -472,7 +482,7 @@ if triton:
 
     @triton.jit
     def _attend_back_kv(
-        q, k, v, dout, lse, delta, shared, first, last, tokens, stride, scale,
+        q, k, v, dout, lse, delta, by_head, first, last, tokens, stride, scale,
         H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BT: tl.constexpr,
     ):  # fmt: skip
         s, d, head = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, D), tl.program_id(1)
@@ -494,9 +504,9 @@ if triton:
             dv += tl.dot(p.to(do.dtype), do)
             ds = p * (tl.dot(value, tl.trans(do)) - weighted[None, :]) * scale
             dk += tl.dot(ds.to(query.dtype), query)
-        at = shared + s[:, None] * (2 * KV * D) + kv
-        tl.atomic_add(at, dk, mask=inside)
-        tl.atomic_add(at + KV * D, dv, mask=inside)
+        at = by_head + (s[:, None] * 2 * H + head) * D + d[None, :]
+        tl.store(at, dk, mask=inside)
+        tl.store(at + H * D, dv, mask=inside)
 
     @triton.jit
     def _rotate(heads, cos, sin, sign, tokens, per_token, per_head, HALF: tl.constexpr, BT: tl.constexpr):
