@@ -30,6 +30,7 @@ TILES = ((16, 16, 256, 4, 4), (32, 16, 256, 4, 4), (128, 32, 128, 4, 3))
 STRETCH = 256  # inputs; a part of a sum is a multiple
 CONTEXT = 64  # keys at once
 EARLY = {"PDL": False, "launch_pdl": False}  # launch a kernel while the one before it ends
+FETCHED = 512  # inputs of each output's weights that are asked for while it waits
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def product(x: Tensor, weight: Tensor, parts: int = 1) -> Tensor:
     each = triton.cdiv(triton.cdiv(width, STRETCH), parts) * STRETCH
     _product[(triton.cdiv(rows, tall), triton.cdiv(len(weight), outs), parts)](
         x, weight, y, rows, len(weight), width, each,
-        BN=tall, BO=outs, BK=ins, num_warps=warps, num_stages=stages, **EARLY,
+        BN=tall, BO=outs, BK=ins, FETCHED=FETCHED, num_warps=warps, num_stages=stages, **EARLY,
     )  # fmt: skip
     return y
 
@@ -227,12 +228,23 @@ if triton:
     @triton.jit
     def _product(
         x, w, y, rows, outs, width, each,
-        BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+        BN: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, FETCHED: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        if PDL:
-            cuda.gdc_wait()
-            cuda.gdc_launch_dependents()
         o, n = tl.program_id(1) * BO + tl.arange(0, BO), tl.program_id(0) * BN + tl.arange(0, BN)
+        if PDL:
+            cuda.gdc_launch_dependents()
+            if FETCHED:  # the weights depend on no kernel before
+                ahead = tl.minimum(o, outs - 1)[:, None] * width + tl.program_id(2) * each
+                ahead += tl.arange(0, FETCHED // 64)[None, :] * 64  # in lines of 128 bytes
+                tl.inline_asm_elementwise(
+                    "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                    "=r,l",
+                    [w + ahead],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
+            cuda.gdc_wait()
         total = tl.zeros((BO, BN), tl.float32)
         for start in range(0, each, BK):
             k = tl.program_id(2) * each + start + tl.arange(0, BK)
@@ -270,8 +282,8 @@ if triton:
         OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         if PDL:
-            cuda.gdc_wait()
             cuda.gdc_launch_dependents()
+            cuda.gdc_wait()
         row, head, i = tl.program_id(0), tl.program_id(1), tl.arange(0, HALF)
         slot, position = tl.load(slots + row), tl.load(positions + row)
         adapter = tl.load(who + slot)
@@ -302,8 +314,8 @@ if triton:
         H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         if PDL:
-            cuda.gdc_wait()
             cuda.gdc_launch_dependents()
+            cuda.gdc_wait()
         row, kv, i, d = tl.program_id(0), tl.program_id(1), tl.arange(0, 16), tl.arange(0, D)
         slot, position = tl.load(slots + row), tl.load(positions + row)
         at, own = (row * H + kv * GROUP + i[:, None]) * D + d[None, :], (i < GROUP)[:, None]  # heads that share a key
@@ -331,8 +343,8 @@ if triton:
         OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         if PDL:
-            cuda.gdc_wait()
             cuda.gdc_launch_dependents()
+            cuda.gdc_wait()
         row, c = tl.program_id(0), tl.arange(0, BLOCK)
         inside, adapter = c < width, -1
         if LORA:
@@ -351,8 +363,8 @@ if triton:
         OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
         if PDL:
-            cuda.gdc_wait()
             cuda.gdc_launch_dependents()
+            cuda.gdc_wait()
         row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside, adapter = c < width, tl.load(who + tl.load(slots + row))
         gate = _column(y, b, parts, rows, stride, row, c, inside, 0, adapter, OUT, G, R, RANKS)

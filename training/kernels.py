@@ -31,7 +31,9 @@ COLUMNS = 64  # of a tile
 TOKENS = {"narrow": 64, "widen": 32, "swiglu": 32, "swiglu_back": 16, "cross": 64, "rotate": 32, "attend": 64}
 WARPS = {"narrow": 4, "widen": 4, "swiglu": 4, "swiglu_back": 4, "cross": 8, "attend": 4}
 ROUNDS = 7  # of Philox: as few as pass every test (Salmon et al. 2011)
-STRIPES = 8  # parts of a batch's tokens, each summed by one program before it is added to what all share
+# Parts of a batch's tokens, each summed by one program before it is added to what all share.
+STRIPES = {"widen": 16, "swiglu_back": 8}
+AHEAD = {"widen": 2, "swiglu_back": 2}  # tiles of a stripe that are under way
 WIDE = 8192  # outputs; adding to what all share is slow, and the wider a tile, the less it is done
 CROSS = {False: (64, 8), True: (256, 3)}  # columns of a tile and stripes
 
@@ -69,9 +71,9 @@ def widen(x: Tensor, a: Tensor, dh: Tensor, dx: Tensor, da: Tensor, kept: Tensor
         da += torch.einsum("gti,ti,tgr->gri", scaled, x, dh).flatten(0, 1)
         dx += torch.einsum("gti,gri,tgr->ti", scaled, a, dh)
         return
-    _widen[(STRIPES, triton.cdiv(width, COLUMNS))](
+    _widen[(STRIPES["widen"], triton.cdiv(width, COLUMNS))](
         x, a, dh, dx, da, kept, tokens, width, x.stride(0), scale / (1 - dropout),
-        G=groups, **_tile("widen", a.shape[0] // groups),
+        G=groups, AHEAD=AHEAD["widen"], **_tile("widen", a.shape[0] // groups),
     )  # fmt: skip
 
 
@@ -102,9 +104,9 @@ def swiglu_back(
         widen(gate * gated * up, a, dh, whole, da, kept, dropout, scale)
         return torch.cat([whole * up * gated * (1 + gate * (1 - gated)), whole * gate * gated], dim=1)
     dgate_up = torch.empty_like(gate_up)
-    _swiglu_back[(STRIPES, triton.cdiv(width, COLUMNS))](
+    _swiglu_back[(STRIPES["swiglu_back"], triton.cdiv(width, COLUMNS))](
         dout, gate_up, h, b, a, dh, kept, dgate_up, da, tokens, width, scale / (1 - dropout),
-        **_tile("swiglu_back", rank),
+        AHEAD=AHEAD["swiglu_back"], **_tile("swiglu_back", rank),
     )  # fmt: skip
     return dgate_up
 
@@ -288,7 +290,7 @@ if triton:
     @triton.jit
     def _widen(
         x, a, dh, dx, da, kept, tokens, width, stride, scale,
-        G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+        G: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
         c, r, column = tl.arange(0, BC), tl.arange(0, RANKS), tl.program_id(1) * BC + tl.arange(0, BC)
         blocks, lane, ranks = tl.cdiv(width, 8 * BC), tl.program_id(1) % 8, (r < R)[:, None] & (column < width)[None, :]
@@ -296,7 +298,7 @@ if triton:
         for g in tl.static_range(G):
             place = (g * R + r[:, None]) * width + column[None, :]
             down, grown = tl.load(a + place, mask=ranks, other=0), tl.zeros((RANKS, BC), tl.float32)
-            for tile in range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe):
+            for tile in tl.range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe, num_stages=AHEAD):
                 t = tile * BT + tl.arange(0, BT)
                 some, inside = (t < tokens)[:, None], (t < tokens)[:, None] & (column < width)[None, :]
                 read = tl.load(x + t[:, None] * stride + column[None, :], mask=inside, other=0)
@@ -340,7 +342,7 @@ if triton:
     @triton.jit
     def _swiglu_back(
         dout, gate_up, h, b, a, dh, kept, dgate_up, da, tokens, width, scale,
-        R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+        AHEAD: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
         c, r = tl.arange(0, BC), tl.arange(0, RANKS)
         column, lane = tl.program_id(1) * BC + c, tl.program_id(1) % 8
@@ -348,7 +350,7 @@ if triton:
         at = tl.load(a + r[:, None] * width + column[None, :], mask=down, other=0)
         dat = tl.zeros((RANKS, BC), tl.float32)
         stripe = tl.cdiv(tl.cdiv(tokens, BT), tl.num_programs(0))
-        for tile in range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe):
+        for tile in tl.range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe, num_stages=AHEAD):
             t = tile * BT + tl.arange(0, BT)
             inside = (t < tokens)[:, None] & (column < width)[None, :]
             gate, up = _gate_and_up(gate_up, h, b, t, column, r, inside, tokens, width, R)
