@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check smoke parity e2e engine-test train space setup clean
+.PHONY: demo test check smoke parity e2e engine-test kernel-test train space setup clean
 
 demo: $(VENV)/serve.stamp  ## set up and open the page
 	$(BIN)/python app.py
@@ -29,6 +29,9 @@ e2e: $(VENV)/develop.stamp  ## a real browser; needs Debian's chromium and fonts
 
 engine-test: $(VENV)/develop.stamp .venv-engine/stamp  ## a real vLLM, on the CPU, against the local engine; 3.5 GB of disk
 	$(BIN)/python -m pytest -n 0 -m engine tests/test_vllm.py -s
+
+kernel-test: $(VENV)/develop.stamp .venv-triton/stamp  ## the GPU's kernels in Triton's interpreter; 1 GB of disk
+	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -n 0 -m kernels tests/test_kernels.py
 
 train: $(VENV)/develop.stamp  ## the pocket recipe; RECIPE=huanhuan for the 7B
 	$(BIN)/python -m training.run $(or $(RECIPE),pocket)
@@ -55,5 +58,10 @@ $(VENV)/develop.stamp: $(VENV)/serve.stamp training/requirements.txt tests/requi
 	.venv-engine/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
+# Beside the environment, as torch without a GPU needs none.
+.venv-triton/stamp:
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target .venv-triton triton==3.9.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-engine runs
+	rm -rf $(VENV) .venv-engine .venv-triton runs

@@ -5,8 +5,9 @@ further rows of the weights, so that a product reads both at once, and each conv
 A step of given size is recorded once as a CUDA graph; choosing another adapter is another number in a tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ READ = (32, 64, 128, 256, 512)  # tokens of a prompt that are read at once
 class Group:
     """Linear layers that read the same input: one weight with all their rows, then all adapters' first halves."""
 
-    def __init__(self, layers: Sequence[Any], adapters: Sequence[str], parts: int) -> None:
+    def __init__(self, layers: Sequence[Any], adapters: Sequence[str], parts: int = 1) -> None:
         plain = [getattr(layer, "base_layer", layer) for layer in layers]
         ends = torch.tensor([layer.out_features for layer in plain]).cumsum(0).tolist()
         first, second = _halves(layers, plain, adapters)
@@ -60,10 +61,10 @@ class Layer:
     def __init__(self, layer: Any, adapters: Sequence[str], slots: int, length: int) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.heads, kv_heads = attention.config.num_attention_heads, attention.config.num_key_value_heads
-        self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], adapters, parts=2)
-        self.out = Group([attention.o_proj], adapters, parts=2)
-        self.gate_up = Group([mlp.gate_proj, mlp.up_proj], adapters, parts=1)
-        self.down = Group([mlp.down_proj], adapters, parts=4)
+        self.qkv = Group([attention.q_proj, attention.k_proj, attention.v_proj], adapters)
+        self.out = Group([attention.o_proj], adapters)
+        self.gate_up = Group([mlp.gate_proj, mlp.up_proj], adapters)
+        self.down = Group([mlp.down_proj], adapters, parts=2)
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm]
         cache = self.qkv.weight.new_zeros(2, slots, kv_heads, length, attention.head_dim)
         self.keys, self.values = cache
@@ -114,7 +115,8 @@ class Decoder:
             seen=torch.zeros(slots + 1, len(self.head), device=self.device, dtype=torch.uint8),
             law=torch.ones(slots + 1, 4, device=self.device), seed=torch.zeros(slots + 1, **every),
         )  # fmt: skip
-        self.graphs: dict[tuple[str, int], tuple[list[Tensor], Any, Tensor]] = {}
+        self.top_k = [1] * (slots + 1)
+        self.graphs: dict[tuple[str, int, int], tuple[list[Tensor], Any, Tensor]] = {}
         self.pool: Any = None
 
     @torch.inference_mode()
@@ -126,9 +128,11 @@ class Decoder:
         self.state.law[slot] = torch.tensor(law, device=self.device)
         self.state.seen[slot] = 0
         self.state.seen[slot, prompt] = 1
+        self.top_k[slot] = sampling.top_k
         for start in range(known, len(ids), READ[-1]):
             part = prompt[start : start + READ[-1]]
-            tokens = self._step("read", self._padded(part, start, slot), len(part) - 1)
+            last = torch.tensor([len(part) - 1], device=self.device)
+            tokens = self._step("read", [*self._padded(part, start, slot), last], [slot])
         return tokens
 
     @torch.inference_mode()
@@ -136,7 +140,15 @@ class Decoder:
         """The next token of each of these conversations, (len(slots),)."""
         room = next(size for size in DECODE if size >= len(slots))
         padded = torch.tensor([*slots, *[self.slots] * (room - len(slots))], device=self.device)
-        return self._step("decode", [padded])[: len(slots)]
+        return self._step("decode", [padded], slots)[: len(slots)]
+
+    def rehearsals(self) -> list[Callable[[], Any]]:
+        """Record each step there is, one by one: most is done once, at the first start on a machine."""
+        pad = torch.full((READ[-1],), self.slots, device=self.device)
+        zero = torch.zeros_like(pad)
+        steps = [("decode", [pad[:size]]) for size in DECODE if size <= self.slots]
+        steps += [("read", [zero[:size], zero[:size], pad[:size], zero[:1]]) for size in READ]
+        return [partial(torch.inference_mode()(self._step), kind, given, [self.slots]) for kind, given in steps]
 
     def _padded(self, ids: Tensor, start: int, slot: int) -> list[Tensor]:
         spare = next(size for size in READ if size >= len(ids)) - len(ids)
@@ -145,41 +157,41 @@ class Decoder:
         pad = torch.nn.functional.pad
         return [pad(ids, (0, spare)), pad(positions, (0, spare)), pad(slots, (0, spare), value=self.slots)]
 
-    def _step(self, kind: str, given: list[Tensor], picked: int = 0) -> Tensor:
-        if kind == "read":
-            given = [*given, torch.tensor([picked], device=self.device)]
+    def _step(self, kind: str, given: list[Tensor], slots: Sequence[int]) -> Tensor:
+        widest = max(self.top_k[slot] for slot in slots)
+        count = next(count for count in kernels.CANDIDATES if count >= widest)
         if self.device.type != "cuda":
-            return self._run(kind, given)
-        key = (kind, len(given[0]))
+            return self._run(kind, given, count)
+        key = (kind, len(given[0]), count)
         if key not in self.graphs:
-            self.graphs[key] = self._record(kind, [tensor.clone() for tensor in given])
+            self.graphs[key] = self._record(kind, [tensor.clone() for tensor in given], count)
         static, graph, tokens = self.graphs[key]
         for ours, theirs in zip(static, given, strict=True):
             ours.copy_(theirs)
         graph.replay()
         return tokens.clone()
 
-    def _record(self, kind: str, given: list[Tensor]) -> tuple[list[Tensor], Any, Tensor]:
+    def _record(self, kind: str, given: list[Tensor], count: int) -> tuple[list[Tensor], Any, Tensor]:
         saved = [tensor.clone() for tensor in (self.state.last, self.state.position)]
         given[-1 if kind == "decode" else 2].fill_(self.slots)  # a rehearsal, on the padding's conversation
-        self._run(kind, given)  # outside a graph: kernels are compiled, libraries make their workspaces
+        self._run(kind, given, count)  # outside a graph: kernels are compiled, libraries make their workspaces
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            tokens = self._run(kind, given)
+            tokens = self._run(kind, given, count)
         self.state.last.copy_(saved[0])
         self.state.position.copy_(saved[1])
         return given, graph, tokens
 
-    def _run(self, kind: str, given: list[Tensor]) -> Tensor:
+    def _run(self, kind: str, given: list[Tensor], count: int) -> Tensor:
         if kind == "read":
             ids, positions, slots, picked = given
         else:
             (slots,) = given
             ids, positions, picked = self.state.last[slots], self.state.position[slots], None
-        return self._forward(Rows(ids, positions, slots), picked)
+        return self._forward(Rows(ids, positions, slots), picked, count)
 
-    def _forward(self, rows: Rows, picked: Tensor | None) -> Tensor:
+    def _forward(self, rows: Rows, picked: Tensor | None, count: int) -> Tensor:
         x, n = _add_norm(self.embed[rows.ids], None, None, self.state.who, rows.slots, self.layers[0].norms[0])
         for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
             after = following.norms[0] if following else self.norm
@@ -187,4 +199,4 @@ class Decoder:
         slots, positions = rows.slots, rows.positions
         if picked is not None:
             n, slots, positions = n[picked], slots[picked], positions[picked]
-        return kernels.choose(kernels.product(n, self.head), self.state, slots, positions, self.dtype)
+        return kernels.choose(kernels.product(n, self.head), self.state, slots, positions, self.dtype, count)

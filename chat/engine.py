@@ -124,9 +124,8 @@ class Awaited:
     every reply raise too.
     """
 
-    places = 1
-
-    def __init__(self, base: str, adapters: Sequence[str], make: Callable[[], ChatEngine]) -> None:
+    def __init__(self, base: str, adapters: Sequence[str], make: Callable[[], ChatEngine], places: int = 1) -> None:
+        self.places = places
         self._base, self._adapters = base, [*adapters, BASE_ONLY]
         self._making = ThreadPoolExecutor(1, thread_name_prefix="loading").submit(make)
 

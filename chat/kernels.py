@@ -10,6 +10,7 @@ of its own, whatever stands beside it, so a reply in company is to the bit the r
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn import functional
@@ -22,15 +23,21 @@ except ImportError:  # torch brings Triton where it has a GPU for it
     triton = None
 
 Tensor = torch.Tensor
-CANDIDATES = 200  # most tokens that top_k can leave; they are ordered, so they are few
-CHUNKS = 64  # of the vocabulary, searched side by side
+CANDIDATES = (32, 256)  # the most tokens that top_k can leave; few are found sooner
+CHUNK = 2048  # of the vocabulary, in which they are searched side by side
 # Tiles of a product, found by trying: at most so many rows, outputs, inputs at once, warps, stages. The order in which
 # a row's products are summed is the same in all.
-TILES = ((16, 16, 256, 4, 4), (32, 16, 256, 4, 4), (128, 32, 128, 4, 3))
+TILES = ((16, 64, 256, 4, 4), (32, 32, 128, 4, 3), (128, 32, 128, 4, 3))
 STRETCH = 256  # inputs; a part of a sum is a multiple
 CONTEXT = 64  # keys at once
-EARLY = {"PDL": False, "launch_pdl": False}  # launch a kernel while the one before it ends
 FETCHED = 512  # inputs of each output's weights that are asked for while it waits
+
+
+@cache
+def early() -> dict[str, bool]:
+    """Whether a kernel may be launched while the one before it ends (programmatic dependent launch, from Hopper on)."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return {"PDL": hopper, "launch_pdl": hopper}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ def product(x: Tensor, weight: Tensor, parts: int = 1) -> Tensor:
     each = triton.cdiv(triton.cdiv(width, STRETCH), parts) * STRETCH
     _product[(triton.cdiv(rows, tall), triton.cdiv(len(weight), outs), parts)](
         x, weight, y, rows, len(weight), width, each,
-        BN=tall, BO=outs, BK=ins, FETCHED=FETCHED, num_warps=warps, num_stages=stages, **EARLY,
+        BN=tall, BO=outs, BK=ins, FETCHED=FETCHED, num_warps=warps, num_stages=stages, **early(),
     )  # fmt: skip
     return y
 
@@ -82,7 +89,7 @@ def turn_and_keep(
     _turn_and_keep[(rows, heads + 2 * kv_heads)](
         y, y if bias is None else bias, lora.b, who, slots, positions, turns, keys, values, q, len(y), rows,
         y.shape[2], turns.shape[1], keys.shape[2], H=heads, KV=kv_heads, HALF=size // 2, BIAS=bias is not None,
-        **_ranks(lora), num_warps=2, **EARLY,
+        **_ranks(lora), num_warps=2, **early(),
     )  # fmt: skip
     return q
 
@@ -99,7 +106,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Te
     out = torch.empty(rows, heads * size, dtype=q.dtype, device=q.device)
     _attend[(rows, keys.shape[1])](
         q, keys, values, out, slots, positions, keys.shape[2], size**-0.5,
-        H=heads, GROUP=heads // keys.shape[1], D=size, BLOCK=CONTEXT, num_warps=4, **EARLY,
+        H=heads, GROUP=heads // keys.shape[1], D=size, BLOCK=CONTEXT, num_warps=4, **early(),
     )  # fmt: skip
     return out
 
@@ -117,7 +124,7 @@ def add_norm(
     _add_norm[(rows,)](
         x, y if y is not None else x, lora.b if lora else x, who, slots, weight, added, normed, eps,
         0 if y is None else len(y), rows, 0 if y is None else y.shape[2], width,
-        BLOCK=triton.next_power_of_2(width), LORA=lora is not None and len(lora.b) > 0, **tile, num_warps=16, **EARLY,
+        BLOCK=triton.next_power_of_2(width), LORA=lora is not None and len(lora.b) > 0, **tile, num_warps=16, **early(),
     )  # fmt: skip
     return added, normed
 
@@ -131,7 +138,7 @@ def swiglu(y: Tensor, lora: Lora, who: Tensor, slots: Tensor, dtype: torch.dtype
     rows = len(slots)
     out = torch.empty(rows, width, dtype=dtype, device=y.device)
     _swiglu[(rows, triton.cdiv(width, 512))](
-        y, lora.b, who, slots, out, len(y), rows, y.shape[2], width, BLOCK=512, **_ranks(lora), num_warps=4, **EARLY,
+        y, lora.b, who, slots, out, len(y), rows, y.shape[2], width, BLOCK=512, **_ranks(lora), num_warps=4, **early(),
     )  # fmt: skip
     return out
 
@@ -154,41 +161,37 @@ class State:
     """(C,) int64."""
 
 
-def choose(y: Tensor, state: State, slots: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def choose(y: Tensor, state: State, slots: Tensor, positions: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     """Draw the next token of each row from logits y (S, N, vocabulary), note it in the state, and return it, (N,).
 
-    In Qwen2.5's order: repetition penalty, temperature, top_k, top_p; at temperature 0 the likeliest, of equals the
-    first. The draw depends on the conversation's seed and position alone. Logits are rounded to `dtype` before.
+    In Qwen2.5's order: repetition penalty, temperature, top_k (at most `count`), top_p; at temperature 0 the likeliest,
+    of equals the first. The draw depends on the conversation's seed and position alone. Logits are rounded to `dtype`.
     """
     rows, width = y.shape[1:]
-    penalty = state.law[slots, 3][:, None]
-    logits = y.sum(0).to(dtype).float() if len(y) > 1 else y[0].to(dtype).float()
-    fined = torch.where(logits > 0, logits / penalty, logits * penalty)
-    scores = torch.where(state.seen[slots] > 0, fined, logits)
-    values, ids = _highest(scores, min(CANDIDATES, width))
     tokens = torch.empty(rows, dtype=torch.int64, device=y.device)
     if not y.is_cuda:
+        penalty, logits = state.law[slots, 3][:, None], y.sum(0).to(dtype).float()
+        fined = torch.where(logits > 0, logits / penalty, logits * penalty)
+        best = torch.where(state.seen[slots] > 0, fined, logits).topk(min(count, width))
         for row, slot in enumerate(slots.tolist()):
-            tokens[row] = _draw(values[row], ids[row], state.law[slot], int(state.seed[slot]), int(positions[row]))
+            values, ids = best.values[row], best.indices[row]
+            tokens[row] = _draw(values, ids, state.law[slot], int(state.seed[slot]), int(positions[row]))
         state.last[slots], state.position[slots], state.seen[slots, tokens] = tokens, positions + 1, 1
         return tokens
+    chunks = triton.cdiv(width, CHUNK)
+    keys = torch.empty(rows, chunks * count, dtype=torch.int64, device=y.device)
+    _highest[(rows, chunks)](
+        y, state.law, state.seen, slots, keys, len(y), rows, width, ROUND=dtype is torch.bfloat16, K=count, BLOCK=CHUNK
+    )  # fmt: skip
+    while keys.shape[1] > CHUNK:
+        found, chunks = keys, triton.cdiv(keys.shape[1], CHUNK)
+        keys = torch.empty(rows, chunks * count, dtype=torch.int64, device=y.device)
+        _merge[(rows, chunks)](found, keys, found.shape[1], K=count, BLOCK=CHUNK)
     _choose[(rows,)](
-        values, ids, state.law, state.seed, slots, positions, tokens, state.last, state.position, state.seen,
-        values.shape[1], width, BLOCK=triton.next_power_of_2(values.shape[1]), num_warps=4,
+        keys, state.law, state.seed, slots, positions, tokens, state.last, state.position, state.seen,
+        keys.shape[1], width, K=count, BLOCK=triton.next_power_of_2(max(keys.shape[1], count)),
     )  # fmt: skip
     return tokens
-
-
-def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest scores of each row and where they are, in order; first of each chunk, then of those."""
-    rows, width = scores.shape
-    each = width // CHUNKS
-    if width % CHUNKS or each < count:
-        return scores.topk(count)
-    values, ids = scores.view(rows, CHUNKS, each).topk(count, sorted=False)
-    ids += torch.arange(0, width, each, device=ids.device)[:, None]
-    values, among = values.flatten(1).topk(count)
-    return values, ids.flatten(1).gather(1, among)
 
 
 def _draw(values: Tensor, ids: Tensor, law: Tensor, seed: int, position: int) -> Tensor:
@@ -200,7 +203,8 @@ def _draw(values: Tensor, ids: Tensor, law: Tensor, seed: int, position: int) ->
     p = torch.where(kept, scores, -torch.inf).softmax(0)
     kept &= p.cumsum(0) - p < top_p
     uniform = torch.rand(len(p), generator=torch.Generator().manual_seed(seed * 1_000_003 + position))
-    return ids[torch.where(kept, scores - (-uniform.log()).log(), -torch.inf).argmax()]
+    drawn: Tensor = ids[torch.where(kept, scores - (-uniform.log()).log(), -torch.inf).argmax()]
+    return drawn
 
 
 def _whole(y: Tensor, lora: Lora, who: Tensor) -> Tensor:
@@ -215,7 +219,8 @@ def _whole(y: Tensor, lora: Lora, who: Tensor) -> Tensor:
     b = lora.b[who.clamp(min=0)].float()  # (N, O, R)
     starts = (0, *lora.ends)
     added = [b[:, a:z] @ own[:, g, :, None] for g, (a, z) in enumerate(zip(starts, lora.ends, strict=False))]
-    return plain + torch.cat(added, 1)[:, :, 0] * (who >= 0)[:, None]
+    with_own: Tensor = plain + torch.cat(added, 1)[:, :, 0] * (who >= 0)[:, None]
+    return with_own
 
 
 def _ranks(lora: Lora) -> dict[str, int]:
@@ -256,8 +261,16 @@ if triton:
         tl.store(y + at, total, mask=(o < outs)[:, None] & (n < rows)[None, :])
 
     @triton.jit
+    def _second(b, column, inside, adapter, OUT: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr):
+        """An adapter's second half for some outputs, which waits for no kernel."""
+        r = tl.arange(0, RANKS)
+        own = r < tl.where(adapter >= 0, R, 0)
+        at = (adapter * OUT + column[:, None]) * R + r[None, :]
+        return tl.load(b + at, mask=inside[:, None] & own[None, :], other=0)
+
+    @triton.jit
     def _column(
-        y, b, parts, rows, stride, row, column, inside, layer, adapter,
+        y, wide, parts, rows, stride, row, column, inside, layer, adapter,
         OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
     ):  # fmt: skip
         """Some outputs of a row: the parts summed, and its adapter added."""
@@ -270,9 +283,7 @@ if triton:
             for part in range(parts):
                 at = (part * rows + row) * stride + OUT + (adapter * G + layer) * R + r
                 h += tl.load(y + at, mask=r < R, other=0)
-            at = (adapter * OUT + column[:, None]) * R + r[None, :]
-            wide = tl.load(b + at, mask=inside[:, None] & (r < R)[None, :], other=0).to(tl.float32)
-            total += tl.sum(wide * h[None, :], 1)
+            total += tl.sum(wide.to(tl.float32) * h[None, :], 1)
         return total
 
     @triton.jit
@@ -281,16 +292,19 @@ if triton:
         H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr,
         OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        if PDL:
-            cuda.gdc_launch_dependents()
-            cuda.gdc_wait()
         row, head, i = tl.program_id(0), tl.program_id(1), tl.arange(0, HALF)
-        slot, position = tl.load(slots + row), tl.load(positions + row)
+        slot = tl.load(slots + row)
         adapter = tl.load(who + slot)
         layer = (head >= H).to(tl.int32) + (head >= H + KV).to(tl.int32)
         column = head * 2 * HALF + i
-        one = _column(y, b, parts, rows, stride, row, column, i < HALF, layer, adapter, OUT, G, R, RANKS)
-        two = _column(y, b, parts, rows, stride, row, column + HALF, i < HALF, layer, adapter, OUT, G, R, RANKS)
+        wide1 = _second(b, column, i < HALF, adapter, OUT, R, RANKS)
+        wide2 = _second(b, column + HALF, i < HALF, adapter, OUT, R, RANKS)
+        if PDL:
+            cuda.gdc_launch_dependents()
+            cuda.gdc_wait()
+        position = tl.load(positions + row)
+        one = _column(y, wide1, parts, rows, stride, row, column, i < HALF, layer, adapter, OUT, G, R, RANKS)
+        two = _column(y, wide2, parts, rows, stride, row, column + HALF, i < HALF, layer, adapter, OUT, G, R, RANKS)
         if BIAS:
             one += tl.load(bias + column)
             two += tl.load(bias + column + HALF)
@@ -342,19 +356,21 @@ if triton:
         BLOCK: tl.constexpr, LORA: tl.constexpr,
         OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
-        if PDL:
-            cuda.gdc_launch_dependents()
-            cuda.gdc_wait()
         row, c = tl.program_id(0), tl.arange(0, BLOCK)
         inside, adapter = c < width, -1
         if LORA:
             adapter = tl.load(who + tl.load(slots + row))
+        wide = _second(b, c, inside, adapter, OUT, R, RANKS)
+        gain = tl.load(weight + c, mask=inside, other=0).to(tl.float32)
+        if PDL:
+            cuda.gdc_launch_dependents()
+            cuda.gdc_wait()
         total = tl.load(x + row * width + c, mask=inside, other=0).to(tl.float32)
-        total += _column(y, b, parts, rows, stride, row, c, inside, 0, adapter, OUT, G, R, RANKS)
+        total += _column(y, wide, parts, rows, stride, row, c, inside, 0, adapter, OUT, G, R, RANKS)
         total = total.to(x.dtype.element_ty).to(tl.float32)
         tl.store(added + row * width + c, total, mask=inside)
         scale = tl.rsqrt(tl.sum(total * total) / width + eps)
-        out = total * scale * tl.load(weight + c, mask=inside, other=0).to(tl.float32)
+        out = total * scale * gain
         tl.store(normed + row * width + c, out, mask=inside)
 
     @triton.jit
@@ -362,36 +378,66 @@ if triton:
         y, b, who, slots, out, parts, rows, stride, width, BLOCK: tl.constexpr,
         OUT: tl.constexpr, G: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
     ):  # fmt: skip
+        row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside, adapter = c < width, tl.load(who + tl.load(slots + row))
+        wide1 = _second(b, c, inside, adapter, OUT, R, RANKS)
+        wide2 = _second(b, c + width, inside, adapter, OUT, R, RANKS)
         if PDL:
             cuda.gdc_launch_dependents()
             cuda.gdc_wait()
-        row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside, adapter = c < width, tl.load(who + tl.load(slots + row))
-        gate = _column(y, b, parts, rows, stride, row, c, inside, 0, adapter, OUT, G, R, RANKS)
-        up = _column(y, b, parts, rows, stride, row, c + width, inside, 1, adapter, OUT, G, R, RANKS)
+        gate = _column(y, wide1, parts, rows, stride, row, c, inside, 0, adapter, OUT, G, R, RANKS)
+        up = _column(y, wide2, parts, rows, stride, row, c + width, inside, 1, adapter, OUT, G, R, RANKS)
         tl.store(out + row * width + c, gate * tl.sigmoid(gate) * up, mask=inside)
 
     @triton.jit
-    def _choose(
-        values, ids, law, seed, slots, positions, tokens, last, position, seen, count, vocabulary, BLOCK: tl.constexpr
+    def _highest(
+        y, law, seen, slots, keys, parts, rows, width, ROUND: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
     ):  # fmt: skip
-        row, i = tl.program_id(0), tl.arange(0, BLOCK)
+        """The highest scores of a chunk of the vocabulary, as numbers that order by score, then by token."""
+        row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        slot = tl.load(slots + row)
+        logit = tl.zeros((BLOCK,), tl.float32)
+        for part in range(parts):
+            logit += tl.load(y + (part * rows + row).to(tl.int64) * width + c, mask=c < width, other=0)
+        if ROUND:
+            logit = logit.to(tl.bfloat16).to(tl.float32)
+        penalty, known = tl.load(law + slot * 4 + 3), tl.load(seen + slot.to(tl.int64) * width + c, mask=c < width)
+        fined = tl.where(logit > 0, logit / penalty, logit * penalty)
+        bits = tl.where(known > 0, fined, logit).to(tl.int32, bitcast=True)
+        order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32
+        key = tl.where(c < width, order | (0x7FFFFFFF - c).to(tl.int64), -0x7FFFFFFFFFFFFFFF)
+        tl.store(keys + (row * tl.num_programs(1) + tl.program_id(1)) * K + tl.arange(0, K), tl.topk(key, K))
+
+    @triton.jit
+    def _merge(found, keys, count, K: tl.constexpr, BLOCK: tl.constexpr):
+        row, c = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        key = tl.load(found + row * count + c, mask=c < count, other=-0x7FFFFFFFFFFFFFFF)
+        tl.store(keys + (row * tl.num_programs(1) + tl.program_id(1)) * K + tl.arange(0, K), tl.topk(key, K))
+
+    @triton.jit
+    def _choose(
+        keys, law, seed, slots, positions, tokens, last, position, seen, count, vocabulary,
+        K: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row, c, i = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, K)
         slot, at = tl.load(slots + row), tl.load(positions + row)
-        value = tl.load(values + row * count + i, mask=i < count, other=float("-inf"))
-        token = tl.load(ids + row * count + i, mask=i < count, other=2147483647)
-        highest = tl.max(value)
-        likeliest = tl.min(tl.where(value == highest, token, 2147483647))
+        key = tl.topk(tl.load(keys + row * count + c, mask=c < count, other=-0x7FFFFFFFFFFFFFFF), K)
+        order = (key >> 32).to(tl.int32)
+        value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        token = 0x7FFFFFFF - (key & 0x7FFFFFFF)
         temperature, top_p = tl.load(law + slot * 4), tl.load(law + slot * 4 + 1)
         top_k = tl.load(law + slot * 4 + 2).to(tl.int32)
+        real = key != -0x7FFFFFFFFFFFFFFF
+        highest = tl.max(tl.where(real, value, float("-inf")))
         scores = (value - highest) / tl.where(temperature == 0, 1.0, temperature)
-        kept = value >= tl.min(tl.where(i < tl.minimum(top_k, count), value, float("inf")))
+        kept = real & (value >= tl.min(tl.where(real & (i < top_k), value, float("inf"))))
         p = tl.where(kept, tl.exp(scores), 0.0)
         p /= tl.sum(p)
         kept = kept & (tl.cumsum(p) - p < top_p)
-        uniform = tl.rand(tl.load(seed + slot), at.to(tl.int32) * BLOCK + i)
+        uniform = tl.rand(tl.load(seed + slot), at.to(tl.int32) * 256 + i)
         noisy = tl.where(kept, scores - tl.log(-tl.log(tl.maximum(uniform, 1e-10))), float("-inf"))
-        drawn = tl.sum(tl.where(i == tl.argmax(noisy, 0), token, 0))
-        said = tl.where(temperature == 0, likeliest, drawn)
+        picked = tl.where(temperature == 0, 0, tl.argmax(noisy, 0))
+        said = tl.sum(tl.where(i == picked, token, 0))
         tl.store(tokens + row, said)
         tl.store(last + slot, said)
         tl.store(position + slot, at + 1)

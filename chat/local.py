@@ -7,9 +7,11 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -22,7 +24,9 @@ from transformers.generation.streamers import BaseStreamer
 from chat import base as bases
 from chat.adapter import WEIGHTS, Adapter, find
 from chat.base import Located, dense_folder
-from chat.engine import BASE_ONLY, Awaited, ChatEngine, Cost, Piece, Sampling
+from chat.batch import Batch, Request
+from chat.decoder import Decoder
+from chat.engine import BASE_ONLY, MAX_NEW_TOKENS, Awaited, ChatEngine, Cost, Piece, Sampling
 from chat.fetch import digest
 from chat.persona import OPENERS, Message
 from chat.prompt import prompt_ids, trim
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 2048  # longest prompt; a CPU reads it in some seconds, and the training rows are far shorter
+PLACES = 32  # conversations at once on a GPU; each keeps 150 MB of the 7B's cache
 REPLY_SECONDS = 120.0  # a reply ends here even when nobody listens
 MEMORY_7B = 20_000_000_000  # bytes of GPU memory: 15.2 GB of weights, the cache, some air
 ZERO_GPU = "SPACES_ZERO_GPU"  # set on a Space with ZeroGPU
@@ -88,6 +93,13 @@ def _convert(located: Located, folder: Path) -> None:
     os.replace(part, folder)
 
 
+def places() -> int:
+    """How many replies this machine gives at once: on a GPU what PLACES says, but no more than its memory holds."""
+    if not torch.cuda.is_available() or os.environ.get(ZERO_GPU) or not find_spec("triton"):
+        return 1  # ZeroGPU's workers are forked for one visitor each
+    return int(os.environ.get("PLACES", PLACES))
+
+
 def load_tokenizer(located: Located) -> "PreTrainedTokenizerFast":
     """The base's own tokenizer, whose template is the only template."""
     return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(located.path))
@@ -124,9 +136,11 @@ def load(choice: str | None = None) -> Awaited:
     def make() -> ChatEngine:
         engine = LocalEngine(located, adapters)
         engine.refused += refused
+        if engine.places > 1:
+            engine.quicken()
         return engine
 
-    awaited = Awaited(_served_by(located), [adapter.name for adapter in adapters], make)
+    awaited = Awaited(_served_by(located), [adapter.name for adapter in adapters], make, places())
     if os.environ.get(ZERO_GPU):
         awaited.wait()  # its workers are forked, and what they share must be in memory before
     return awaited
@@ -139,7 +153,6 @@ def _served_by(located: Located) -> str:
 class LocalEngine:
     """A base and its adapters in memory. All model work is done on one thread: an adapter is chosen globally."""
 
-    places = 1
     ready = True
 
     def __init__(self, located: Located, adapters: Sequence[Adapter] = ()) -> None:
@@ -155,11 +168,32 @@ class LocalEngine:
         for adapter in adapters:
             self._admit(adapter)
         self.model.to(best_device())
+        self.places = places()
+        self._batch: Batch | None = None
         self._start_thread()
         os.register_at_fork(after_in_child=self._start_thread)  # ZeroGPU answers from a forked worker
 
     def _start_thread(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
+
+    def quicken(self) -> None:
+        """Get ready to answer several at once, in the background; until then replies are generated one by one.
+
+        Recording a step takes up to some seconds. Who asks meanwhile is answered between two of them.
+        """
+        self._thread.submit(self._quicken)
+
+    def _quicken(self) -> None:
+        room = MAX_NEW_TOKENS + PROMPT_TOKENS
+        decoder = Decoder(self.model, self._served, self.places, room)
+        batch = Batch(decoder, self._thread)
+
+        def use() -> None:
+            self._batch = batch
+            log.info("%d conversations can be answered at once.", self.places)
+
+        for task in (*decoder.rehearsals(), use):
+            self._thread.submit(task)
 
     @property
     def adapters(self) -> list[str]:
@@ -244,15 +278,42 @@ class LocalEngine:
                 raise ValueError(f"There is no adapter {adapter!r}; choose one of {', '.join(self.adapters)}.")
         kept, ids = trim(self.tokenizer, turns, PROMPT_TOKENS, go_on)
         pieces: queue.SimpleQueue[tuple[int, Piece] | None] = queue.SimpleQueue()
-        work = self._thread.submit(self._reply, ids, adapters, sampling, cancel, pieces)
-        work.add_done_callback(lambda _: pieces.put(None))
+        work: list[Future[Any]]
+        batch = self._batch
+        if batch:
+            work = self._join(batch, ids, adapters, sampling, cancel, pieces)
+        else:
+            work = [self._thread.submit(self._reply, ids, adapters, sampling, cancel, pieces)]
+        for part in work:
+            part.add_done_callback(lambda _: pieces.put(None))
         try:
-            while spoken := pieces.get():
-                yield spoken
-            for row, cost in enumerate(work.result()):
+            for _ in work:
+                while spoken := pieces.get():
+                    yield spoken
+            done: list[Any] = [part.result() for part in work]
+            for row, cost in enumerate(done if batch else done[0]):
                 yield row, Piece("", replace(cost, forgotten=len(turns) - len(kept)))
         finally:
             cancel.set()
+
+    def _join(
+        self,
+        batch: Batch,
+        ids: list[int],
+        adapters: Sequence[str],
+        sampling: Sampling,
+        cancel: threading.Event,
+        pieces: "queue.SimpleQueue[tuple[int, Piece] | None]",
+    ) -> list["Future[Cost]"]:
+        """The same in the batch, a place for each adapter."""
+        voice = _Voice(self.tokenizer, pieces, len(adapters))
+        return [
+            batch.submit(Request(
+                ids, self._served.index(adapter) if adapter != BASE_ONLY else -1, sampling, cancel,
+                partial(voice.say, number), REPLY_SECONDS,
+            ))
+            for number, adapter in enumerate(adapters)
+        ]  # fmt: skip
 
     @torch.inference_mode()
     def _reply(
@@ -360,12 +421,17 @@ class _Voice(BaseStreamer):
             return
         self.first = self.first or time.perf_counter()
         for number, (row, token) in enumerate(zip(self.rows, value.flatten().tolist(), strict=True)):
-            if row.ended:
-                continue
-            row.tokens += 1
-            row.ended = token in self.ends
-            if text := row.decoder.step(self.tokenizer, token):
-                self.pieces.put((number, Piece(text)))
+            if not row.ended:
+                self.say(number, token)
+
+    def say(self, number: int, token: int) -> bool:
+        """Say a token of one row; whether it ends the row's reply."""
+        row = self.rows[number]
+        row.tokens += 1
+        row.ended = token in self.ends
+        if text := row.decoder.step(self.tokenizer, token):
+            self.pieces.put((number, Piece(text)))
+        return row.ended
 
     def end(self) -> None:
         """Nothing is held back."""

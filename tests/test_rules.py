@@ -16,6 +16,9 @@ PACKAGES = ("chat", "page", "training")
 PRODUCT = [ROOT / "app.py", *(path for name in PACKAGES for path in sorted((ROOT / name).glob("*.py")))]
 HEAVY = {
     "chat/local.py",
+    "chat/batch.py",
+    "chat/decoder.py",
+    "chat/kernels.py",
     "training/trainer.py",
     "training/shards.py",
     "training/fast.py",

@@ -28,12 +28,12 @@ Tensor = torch.Tensor
 LANES = 8  # decisions of one Philox number: 128 bits in halves of 16
 COLUMNS = 64  # of a tile
 # Of a tile, each found by trying: tokens, and warps that work on it.
-TOKENS = {"narrow": 64, "widen": 32, "swiglu": 32, "swiglu_back": 16, "cross": 64, "rotate": 32, "attend": 64}
+TOKENS = {"narrow": 64, "widen": 16, "swiglu": 32, "swiglu_back": 16, "cross": 64, "rotate": 32, "attend": 64}
 WARPS = {"narrow": 4, "widen": 4, "swiglu": 4, "swiglu_back": 4, "cross": 8, "attend": 4}
 ROUNDS = 7  # of Philox: as few as pass every test (Salmon et al. 2011)
 # Parts of a batch's tokens, each summed by one program before it is added to what all share.
-STRIPES = {"widen": 16, "swiglu_back": 8}
-AHEAD = {"widen": 2, "swiglu_back": 2}  # tiles of a stripe that are under way
+STRIPES = {"widen": 8, "swiglu_back": 8}
+AHEAD = {"widen": 3, "swiglu_back": 3}  # tiles of a stripe that are under way
 WIDE = 8192  # outputs; adding to what all share is slow, and the wider a tile, the less it is done
 CROSS = {False: (64, 8), True: (256, 3)}  # columns of a tile and stripes
 
