@@ -1,0 +1,184 @@
+"""How fast a GPU answers: the tutorial's `generate`, transformers' static compile, and the decoder, against memory.
+
+python -m benchmarks.decode [--base 7b|small|FOLDER] [--random] [--compile] [--tokens 100]
+
+All in one process. A question has 60 tokens; speed is counted after the first token, for all conversations together.
+The ceiling is what this GPU's memory allows one conversation: each token reads all weights once. --random takes the
+7B's architecture with random weights, as fast and not 15 GB to fetch; --compile adds transformers' own compile, a
+minute of warm-up.
+"""
+
+import argparse
+import random
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.train import build
+from chat.batch import Batch, Request
+from chat.decoder import Decoder
+from chat.engine import Sampling
+from training.recipe import HUANHUAN
+
+UNITS = {"tokens_per_second": "tokens/s", "first_token_ms": "ms", "tenth_turn_ms": "ms", "switch_ms": "ms",
+         "of_ceiling": "%"}  # fmt: skip
+QUESTION, CHAT = 60, 900  # tokens of a first question, and of a chat before its tenth
+ADAPTERS = ("one", "two", "three", "four")
+
+
+def model_with_adapters(base: str, made_up: bool) -> Any:
+    """The base with four adapters that change something, in its own precision."""
+    model = build(base, made_up, HUANHUAN, "fast").eval()
+    for name in ADAPTERS:
+        model.add_adapter(name, model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter.data, dtype=torch.bfloat16) * 0.01
+    model.set_adapter("default")
+    return model
+
+
+def now() -> float:
+    """The time at which the GPU is done with all it was asked."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def a_prompt(tokens: int, seed: int) -> list[int]:
+    """Token ids nobody asked before."""
+    drawn = random.Random(seed)
+    return [drawn.randrange(150_000) for _ in range(tokens)]
+
+
+@torch.inference_mode()
+def generated(model: Any, tokens: int, **more: Any) -> dict[str, float]:
+    """One conversation through `generate`."""
+    ids = torch.tensor([a_prompt(QUESTION, 1)], device=model.device)
+    common = {"attention_mask": torch.ones_like(ids), "do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20,
+              "repetition_penalty": 1.05, "eos_token_id": None, "pad_token_id": 0, **more}  # fmt: skip
+    model.generate(ids, max_new_tokens=8, **common)
+    began = now()
+    model.generate(ids, max_new_tokens=1, **common)
+    first = now()
+    model.generate(ids, max_new_tokens=tokens, **common)
+    return {
+        "tokens_per_second": round((tokens - 1) / (now() - first - (first - began)), 1),
+        "first_token_ms": round(1000 * (first - began), 1),
+    }
+
+
+class Company:
+    """Conversations through the batch, as the page has them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.batch = Batch(decoder, ThreadPoolExecutor(1))
+
+    def ask(self, ids: list[int], adapter: int, tokens: int, seed: int = 0) -> Request:
+        """Begin a reply of so many tokens."""
+        sampling = Sampling(max_new_tokens=tokens, seed=seed)
+        request = Request(ids, adapter, sampling, threading.Event(), lambda token: False, 600.0)
+        self.batch.submit(request)
+        return request
+
+    def first_ms(self, ids: list[int], adapter: int) -> float:
+        """Milliseconds to the first token."""
+        return 1000 * self.ask(ids, adapter, 1).cost.result().first_token
+
+    def together(self, count: int, adapters: int, tokens: int) -> float:
+        """Tokens a second of so many conversations, which wear so many adapters or none in turn."""
+        wear = [n % (adapters + 1) - 1 for n in range(count)] if count > 1 else [0]
+        asked = [self.ask(a_prompt(QUESTION, n), who, tokens, n) for n, who in enumerate(wear)]
+        costs = [request.cost.result() for request in asked]
+        start = max(request.started + cost.first_token for request, cost in zip(asked, costs, strict=True))
+        end = max(request.started + cost.seconds for request, cost in zip(asked, costs, strict=True))
+        return count * (tokens - 1) / (end - start)
+
+
+def ours(company: Company, count: int, adapters: int, tokens: int) -> dict[str, Any]:
+    """One row: the medians of three."""
+    company.together(count, adapters, 8)
+    row: dict[str, Any] = {"engine": "ours", "batch": count, "adapters": adapters}
+    speeds = [company.together(count, adapters, tokens) for _ in range(3)]
+    row["tokens_per_second"] = round(statistics.median(speeds), 1)
+    if count > 1:
+        return row
+    fresh, tenth, same, other = [], [], [], []
+    for n in range(5):
+        fresh.append(company.first_ms(a_prompt(QUESTION, 100 + n), 0))
+        chat = a_prompt(CHAT, 200 + n)
+        company.first_ms(chat, 0)
+        tenth.append(company.first_ms(chat + a_prompt(QUESTION, 300 + n), 0))
+        same.append(company.first_ms(a_prompt(QUESTION, 400 + n), 0))
+        other.append(company.first_ms(a_prompt(QUESTION, 500 + n), 1 + n % 3))
+    row |= {"first_token_ms": round(statistics.median(fresh), 1), "tenth_turn_ms": round(statistics.median(tenth), 1)}
+    return row | {"switch_ms": round(statistics.median(other) - statistics.median(same), 2)}
+
+
+def same_alone(company: Company, count: int, tokens: int) -> int:
+    """How many of so many mixed replies are, token for token, what each is alone."""
+    wear = [n % 5 - 1 for n in range(count)]
+    prompts = [a_prompt(20 + 7 * n, 600 + n) for n in range(count)]
+    together = [company.ask(ids, who, tokens, n) for n, (ids, who) in enumerate(zip(prompts, wear, strict=True))]
+    for request in together:
+        request.cost.result()
+    same = 0
+    for n, (ids, who) in enumerate(zip(prompts, wear, strict=True)):
+        alone = company.ask(ids, who, tokens, n)
+        alone.cost.result()
+        same += alone.said == together[n].said
+    return same
+
+
+def bandwidth() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    a, b = (torch.empty(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
+    b.copy_(a)
+    began = now()
+    for _ in range(10):
+        b.copy_(a)
+    return 10 * 2 * 2**31 / (now() - began)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--base", default="7b")
+    parser.add_argument("--random", action="store_true", help="the 7B's architecture with random weights")
+    parser.add_argument("--compile", action="store_true", help="transformers' static cache and compile, too")
+    parser.add_argument("--tokens", type=int, default=100, help="of each reply")
+    chosen = parser.parse_args()
+    model = model_with_adapters(chosen.base, chosen.random)
+    read = sum(p.numel() * p.element_size() for name, p in model.named_parameters()
+               if "lora_" not in name and "embed_tokens" not in name)  # fmt: skip
+    rate = bandwidth()
+    rows: list[dict[str, Any]] = [{"engine": "tutorial's generate", "batch": 1, "adapters": 1, **generated(model, 24)}]
+    print(rows[-1], flush=True)
+    began = now()
+    company = Company(Decoder(model, ADAPTERS, 32, 2560))
+    for task in company.batch.decoder.rehearsals():
+        task()
+    warm_up = now() - began
+    rows += [
+        ours(company, count, adapters, chosen.tokens) for count, adapters in ((1, 1), (8, 1), (8, 4), (32, 1), (32, 4))
+    ]
+    same = same_alone(company, 32, 40)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    if chosen.compile:
+        rows.insert(1, {"engine": "static compile", "batch": 1, "adapters": 1,
+                        **generated(model, chosen.tokens, cache_implementation="static")})  # fmt: skip
+    for row in rows:
+        if row["batch"] == 1:
+            row["of_ceiling"] = round(100 * row["tokens_per_second"] * read / rate, 1)
+    more: dict[str, Any] = {"TB/s": round(rate / 1e12, 2), "ceiling tokens/s": round(rate / read, 1), "warm-up s": round(warm_up, 1)}  # fmt: skip
+    more |= {"peak GiB": round(peak, 1), "replies alone as in company": f"{same} of 32", "base": chosen.base}
+    results.save("serve-h100" if "H100" in results.machine() else "serve-gpu", rows, UNITS, **more)
+    print(results.table("serve-h100" if "H100" in results.machine() else "serve-gpu"), "\n", more, flush=True)
+
+
+if __name__ == "__main__":
+    main()
