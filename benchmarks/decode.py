@@ -156,8 +156,18 @@ def main() -> None:
     read = sum(p.numel() * p.element_size() for name, p in model.named_parameters()
                if "lora_" not in name and "embed_tokens" not in name)  # fmt: skip
     rate = bandwidth()
-    rows: list[dict[str, Any]] = [{"engine": "tutorial's generate", "batch": 1, "adapters": 1, **generated(model, 24)}]
-    print(rows[-1], flush=True)
+    rows: list[dict[str, Any]] = []
+
+    def note(row: dict[str, Any], **more: Any) -> None:
+        """Print and keep what is known so far."""
+        if row["batch"] == 1:
+            row["of_ceiling"] = round(100 * row["tokens_per_second"] * read / rate, 1)
+        rows.append(row)
+        print(row, flush=True)
+        results.save(name, rows, UNITS, base=chosen.base, **{"TB/s": round(rate / 1e12, 2)}, **more)
+
+    name = "serve-h100" if "H100" in results.machine() else "serve-gpu"
+    note({"engine": "tutorial's generate", "batch": 1, "adapters": 1, **generated(model, 24)})
     began = now()
     company = Company(Decoder(model, ADAPTERS, 32, 2560))
     for task in company.batch.decoder.rehearsals():

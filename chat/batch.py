@@ -51,7 +51,7 @@ class Request:
         return "time" if now > self.seconds else None
 
 
-@dataclass
+@dataclass(eq=False)
 class Place:
     """A conversation's part of the cache: what is in it, and who uses it."""
 

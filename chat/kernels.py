@@ -181,15 +181,16 @@ def choose(y: Tensor, state: State, slots: Tensor, positions: Tensor, dtype: tor
     chunks = triton.cdiv(width, CHUNK)
     keys = torch.empty(rows, chunks * count, dtype=torch.int64, device=y.device)
     _highest[(rows, chunks)](
-        y, state.law, state.seen, slots, keys, len(y), rows, width, ROUND=dtype is torch.bfloat16, K=count, BLOCK=CHUNK
+        y, state.law, state.seen, slots, keys, len(y), rows, width, ROUND=dtype is torch.bfloat16, K=count, BLOCK=CHUNK,
+        num_warps=8,
     )  # fmt: skip
     while keys.shape[1] > CHUNK:
         found, chunks = keys, triton.cdiv(keys.shape[1], CHUNK)
         keys = torch.empty(rows, chunks * count, dtype=torch.int64, device=y.device)
-        _merge[(rows, chunks)](found, keys, found.shape[1], K=count, BLOCK=CHUNK)
+        _merge[(rows, chunks)](found, keys, found.shape[1], K=count, BLOCK=CHUNK, num_warps=8)
     _choose[(rows,)](
         keys, state.law, state.seed, slots, positions, tokens, state.last, state.position, state.seen,
-        keys.shape[1], width, K=count, BLOCK=triton.next_power_of_2(max(keys.shape[1], count)),
+        keys.shape[1], width, K=count, BLOCK=triton.next_power_of_2(max(keys.shape[1], count)), num_warps=8,
     )  # fmt: skip
     return tokens
 
