@@ -173,21 +173,17 @@ def main() -> None:
     for task in company.batch.decoder.rehearsals():
         task()
     warm_up = now() - began
-    rows += [
-        ours(company, count, adapters, chosen.tokens) for count, adapters in ((1, 1), (8, 1), (8, 4), (32, 1), (32, 4))
-    ]
-    same = same_alone(company, 32, 40)
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    for count, adapters in ((1, 1), (8, 1), (8, 4), (32, 1), (32, 4)):
+        note(ours(company, count, adapters, chosen.tokens))
+    more: dict[str, Any] = {"ceiling tokens/s": round(rate / read, 1), "warm-up s": round(warm_up, 1)}
+    more["replies alone as in company"] = f"{same_alone(company, 32, 40)} of 32"
+    more["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     if chosen.compile:
-        rows.insert(1, {"engine": "static compile", "batch": 1, "adapters": 1,
-                        **generated(model, chosen.tokens, cache_implementation="static")})  # fmt: skip
-    for row in rows:
-        if row["batch"] == 1:
-            row["of_ceiling"] = round(100 * row["tokens_per_second"] * read / rate, 1)
-    more: dict[str, Any] = {"TB/s": round(rate / 1e12, 2), "ceiling tokens/s": round(rate / read, 1), "warm-up s": round(warm_up, 1)}  # fmt: skip
-    more |= {"peak GiB": round(peak, 1), "replies alone as in company": f"{same} of 32", "base": chosen.base}
-    results.save("serve-h100" if "H100" in results.machine() else "serve-gpu", rows, UNITS, **more)
-    print(results.table("serve-h100" if "H100" in results.machine() else "serve-gpu"), "\n", more, flush=True)
+        compiled = generated(model, chosen.tokens, cache_implementation="static")
+        note({"engine": "static compile", "batch": 1, "adapters": 1, **compiled}, **more)
+    else:
+        results.save(name, rows, UNITS, base=chosen.base, **{"TB/s": round(rate / 1e12, 2)}, **more)
+    print(results.table(name), "\n", more, flush=True)
 
 
 if __name__ == "__main__":
