@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 def table(name: str) -> str:
     """results/NAME.json in Markdown, with a line that says where it was measured."""
     record = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    columns = list(record["rows"][0])
+    columns = list(dict.fromkeys(column for row in record["rows"] for column in row))
     head = [f"{column}, {record['units'][column]}" if column in record["units"] else column for column in columns]
     lines = [head, ["---"] * len(head), *([_cell(row.get(column)) for column in columns] for row in record["rows"])]
     packages = ", ".join(f"{package} {number}" for package, number in record["versions"].items())

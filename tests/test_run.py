@@ -170,6 +170,11 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tiny_base, tmp_path):
     assert f"step {state['global_step']} is saved" in said
 
 
+def test_several_gpus_in_sight_are_one_to_a_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer.TrainingArguments, "n_gpu", property(lambda self: 2))
+    assert trainer.arguments(RECIPES["tiny"], tmp_path)._n_gpu == 1
+
+
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")

@@ -130,7 +130,7 @@ def arguments(recipe: Recipe, work: Path, fast: bool = False, on_each_node: bool
     A batch is what all processes take together: each reads it whole, and keeps its share.
     """
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=recipe.rows_a_step if fast else recipe.batch_size * ranks.count(),
         gradient_accumulation_steps=1 if fast else ranks.accumulation(recipe),
@@ -157,6 +157,9 @@ def arguments(recipe: Recipe, work: Path, fast: bool = False, on_each_node: bool
         accelerator_config={"non_blocking": on_gpu},
         logging_nan_inf_filter=False,  # it waits for the GPU at each step; FiniteTrainer looks at the gradients
     )
+    # With several GPUs in sight Trainer would put DataParallel around the model, and take more rows a step.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def last_checkpoint(work: Path) -> Path:
