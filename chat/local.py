@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.generation.streamers import BaseStreamer
 
 from chat import base as bases
+from chat import cpu
 from chat.adapter import WEIGHTS, Adapter, find
 from chat.base import Located, dense_folder
 from chat.batch import Batch, Request
@@ -160,8 +161,10 @@ class LocalEngine:
         self.base = _served_by(located)
         self.tokenizer = load_tokenizer(located)
         # On ZeroGPU nothing can run on the GPU before a visitor asks: there adapters are tried on the CPU.
-        base: Any = load_base(located, "cpu" if os.environ.get(ZERO_GPU) else None)
-        self.model = base  # a PeftModel once an adapter is admitted
+        on_zero_gpu = bool(os.environ.get(ZERO_GPU))
+        packs = not on_zero_gpu and best_device() == "cpu" and cpu.fits(located)
+        base: Any = cpu.Packed(located.path) if packs else load_base(located, "cpu" if on_zero_gpu else None)
+        self.model = base  # a PeftModel once an adapter is admitted, unless packed
         self.refused: list[str] = []
         self._served: list[str] = []
         self._digests: dict[str, str] = {}
@@ -202,12 +205,12 @@ class LocalEngine:
 
     def _admit(self, adapter: Adapter) -> None:
         """Load an adapter, and refuse it when it leaves the logits as they are or makes them infinite."""
-        from peft import PeftModel
-
         fp32 = self.model.dtype == torch.float32
-        if isinstance(self.model, PeftModel):
+        if _wears(self.model):
             self.model.load_adapter(adapter.folder, adapter.name, autocast_adapter_dtype=fp32)
         else:
+            from peft import PeftModel
+
             self.model = PeftModel.from_pretrained(
                 self.model, adapter.folder, adapter.name, autocast_adapter_dtype=fp32
             )
@@ -235,9 +238,7 @@ class LocalEngine:
 
     def _worn(self, name: str) -> Any:
         """A context in which the model wears the adapter of that name, or none."""
-        from peft import PeftModel
-
-        if not isinstance(self.model, PeftModel):
+        if not _wears(self.model):
             return nullcontext()
         if name == BASE_ONLY:
             return self.model.disable_adapter()
@@ -350,6 +351,15 @@ class LocalEngine:
         if len(adapters) == 1 or not self._served:
             return {}
         return {"adapter_names": ["__base__" if name == BASE_ONLY else name for name in adapters]}
+
+
+def _wears(model: Any) -> bool:
+    """Whether a model puts on adapters by name: the packed one, or PEFT's, whose import takes two seconds."""
+    if isinstance(model, cpu.Packed):
+        return True
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
 
 
 def ends(tokenizer: "PreTrainedTokenizerFast") -> list[int]:

@@ -3,12 +3,14 @@
 import shutil
 import threading
 import time
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import chat.local
 import chat.prompt
+from chat import cpu
 from chat.adapter import WEIGHTS, Adapter
 from chat.engine import BASE_ONLY, Sampling, ScriptedEngine
 from chat.local import LocalEngine
@@ -17,9 +19,10 @@ ASK = [{"role": "user", "content": "你是谁？"}]
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
 
-@pytest.fixture(scope="module")
-def engine(trained, located):
-    return LocalEngine(located, [trained])
+@pytest.fixture(scope="module", params=[True, False], ids=["packed", "transformers"])
+def engine(request, trained, located):
+    with mock.patch.object(cpu, "fits", return_value=request.param):
+        return LocalEngine(located, [trained])
 
 
 def say(engine, turns=ASK, adapter="tiny", sampling=GREEDY, cancel=None):

@@ -19,6 +19,7 @@ HEAVY = {
     "chat/batch.py",
     "chat/decoder.py",
     "chat/kernels.py",
+    "chat/cpu.py",
     "training/trainer.py",
     "training/shards.py",
     "training/fast.py",
