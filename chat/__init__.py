@@ -7,6 +7,11 @@ if TYPE_CHECKING:
     from chat.engine import ChatEngine
 
 
+# Before torch is imported: its threads wait for one another by spinning for milliseconds, and where another program
+# has a core, the one that is waited for cannot run meanwhile; ten times slower replies. After 1,000 turns they sleep.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def load(base: str | None = None) -> "ChatEngine":
     """The engine that ENGINE_URL names, else the one of this machine. Raises what `connect` or `load` raises there."""
     if os.environ.get("ENGINE_URL"):

@@ -1,7 +1,10 @@
 """The packed base: transformers' and PEFT's logits, transformers' draws, and what is kept of conversations."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -22,6 +25,7 @@ from chat.base import locate
 from chat.engine import BASE_ONLY, Sampling
 from chat.local import LocalEngine, load_base
 from chat.prompt import prompt_ids
+from tests.conftest import ROOT
 
 ASK = [{"role": "user", "content": "你是谁？"}]
 GREEDY = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=20)
@@ -166,3 +170,11 @@ def test_another_architecture_stays_with_transformers(tiny_base, tmp_path, other
     config.pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps(config | other))
     assert not cpu.fits(locate(str(folder)))
+
+
+@pytest.mark.parametrize("package", ["chat", "benchmarks"])
+def test_it_is_said_how_threads_wait_before_torch_is_there(package):
+    program = f"import os, sys, {package}; assert 'torch' not in sys.modules; print(os.environ['GOMP_SPINCOUNT'])"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    asked = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert asked.stdout.strip() == "1000", asked.stderr
