@@ -1,18 +1,25 @@
 """What the page costs beside the model: time to the first word in a real browser, and memory over many turns.
 
 python -m benchmarks.page [--clicks 50] [--turns 1000]
+python -m benchmarks.page --visitors 64
 
 The engine is scripted and answers at once, so all that is measured is the page: Gradio, the line, the browser. The
 baseline of the time is the engine's own first piece, in the same process; that of the memory is the tenth turn.
 Needs a browser: Debian's chromium, or CHROMIUM.
+
+With --visitors so many ask at once, over the API, an engine that speaks at a CPU's pace and has 1, 8 and 32 places. The
+baseline is the same engine asked by as many threads as it has places, without a page.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +30,12 @@ import psutil
 import app
 from chat.engine import Sampling, ScriptedEngine
 from chat.persona import Message
+from page import reply
 
 REPLY = "本宫方才还念着你，可巧你就来了。"
 RESULTS = Path(__file__).parent / "results" / "page-cpu.json"
+PAUSE = 0.05  # seconds before each of her letters when many visit: the small base on two cores
+PLACES = (1, 8, 32)
 # From Enter to the first letter in a bubble that was not there before: both on the browser's own clock.
 FIRST_WORD = """(count) => new Promise((done) => {
   const began = performance.now()
@@ -85,38 +95,101 @@ def memory(url: str, turns: int) -> dict[int, float]:
     return held
 
 
+def speaking(places: int) -> ScriptedEngine:
+    """An engine that answers so many at once, each at the pace of a CPU."""
+    engine = ScriptedEngine(REPLY, pause=PAUSE)
+    engine.places = places
+    return engine
+
+
+def pace(places: int) -> float:
+    """Seconds a letter with no page around the engine, all its places taken."""
+    engine = speaking(places)
+
+    def listen(_: int) -> float:
+        stream = engine.stream([{"role": "user", "content": "早"}], "scripted", Sampling(), threading.Event())
+        next(stream)
+        began = time.perf_counter()
+        return (sum(1 for _ in stream) and time.perf_counter() - began) / (len(REPLY) - 1)
+
+    with ThreadPoolExecutor(places) as threads:
+        return statistics.fmean(threads.map(listen, range(places)))
+
+
+def visits(places: int, visitors: int) -> list[dict[str, Any]]:
+    """What each visitor met on a page around an engine of so many places."""
+    page = app.build_page(speaking(places))
+    threads = 3 * places + 2 * reply.WAITING  # as app.py has it
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, max_threads=threads, **app.LAUNCH)
+    command = [sys.executable, "-m", "benchmarks.visitors", url, "--visitors", str(visitors)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    page.close(verbose=False)
+    met: list[dict[str, Any]] = json.loads(told)
+    return met
+
+
+def crowd(places: int, visitors: int) -> dict[str, Any]:
+    """A row: what a letter costs beside the engine, how evenly the visitors waited, and what was lost."""
+    alone, met = pace(places), visits(places, visitors)
+    letter = statistics.fmean(one["speaking"] / (len(REPLY) - 1) for one in met)
+    waiting = sorted(one["waiting"] for one in met)
+    ideal = len(REPLY) * alone * max(0, visitors / places - 1) / 2  # the mean wait if each came at once when one left
+    return {
+        "places": places, "visitors": visitors, "own_ms_a_letter": round(1000 * alone, 2),
+        "page_ms_a_letter": round(1000 * (letter - alone), 2), "median_wait_s": round(statistics.median(waiting), 2),
+        "longest_of_median": round(waiting[-1] / statistics.median(waiting), 2),
+        "wait_of_ideal": round(statistics.fmean(waiting) / ideal, 2) if ideal else None,
+        "came_back": sum(one["refused"] for one in met), "whole_replies": sum(one["text"] == REPLY for one in met),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measure, print the tables, and keep the numbers."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clicks", type=int, default=50)
     parser.add_argument("--turns", type=int, default=1000)
+    parser.add_argument("--visitors", type=int, help="measure so many visitors at once, and nothing else")
     picked = parser.parse_args()
     for setting in ("VISITOR_MESSAGES", "VISITOR_TOKENS", "ALL_MESSAGES", "ALL_TOKENS"):
         os.environ[setting] = "1000000000/minute"
+    if picked.visitors:
+        keep(many(picked.visitors), "visitors")
+    else:
+        keep(one(picked.clicks, picked.turns))
+
+
+def many(visitors: int) -> list[dict[str, Any]]:
+    """Many visitors, by the places of the engine."""
+    rows = [crowd(places, visitors) for places in PLACES]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return rows
+
+
+def one(rounds: int, turns: int) -> list[dict[str, Any]]:
+    """One visitor: the time to her first letter, and the memory of many turns."""
     page = app.build_page(ScriptedEngine(REPLY))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
-    whole, alone = statistics.median(clicks(url, picked.clicks)), statistics.median(own(picked.clicks))
-    held = memory(url, picked.turns)
+    whole, alone = statistics.median(clicks(url, rounds)), statistics.median(own(rounds))
+    held = memory(url, turns)
     page.close(verbose=False)
     rows = [
-        {"measure": f"click to first letter, median of {picked.clicks}", "value": round(whole, 1), "unit": "ms"},
+        {"measure": f"click to first letter, median of {rounds}", "value": round(whole, 1), "unit": "ms"},
         {"measure": "the engine's own first piece", "value": round(alone, 3), "unit": "ms"},
         *({"measure": f"memory after {turn} turns", "value": round(mb), "unit": "MB"} for turn, mb in held.items()),
     ]
     print("| measure | value |\n|---|---|")
     print("\n".join(f"| {row['measure']} | {row['value']} {row['unit']} |" for row in rows))
-    keep(rows)
+    return rows
 
 
-def keep(rows: list[dict[str, Any]]) -> None:
-    """Write the numbers with the machine, the versions and the date."""
+def keep(rows: list[dict[str, Any]], key: str = "") -> None:
+    """Write the rows with the machine, the versions and the date, under a key if there is one; the rest stays."""
+    now = {"date": date.today().isoformat(), "machine": f"{os.cpu_count()} cores", "gradio": version("gradio")}
+    measured: dict[str, Any] = now | {"rows": rows}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    whole = {
-        "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores",
-        "gradio": version("gradio"),
-        "rows": rows,
-    }
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    whole = before | ({key: measured} if key else measured)
     RESULTS.write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
