@@ -182,7 +182,7 @@ def main() -> None:
     if picked.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch asks for one
     if torch.cuda.is_available():
-        parser.error("there is no table for a GPU yet; --cpu measures the CPU")
+        parser.error("python -m benchmarks.decode measures a GPU; --cpu measures the CPU")
     on_cpu(picked)
 
 

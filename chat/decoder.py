@@ -103,8 +103,9 @@ class Decoder:
     def __init__(self, model: Any, adapters: Sequence[str], slots: int, length: int) -> None:
         qwen = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device, self.dtype = qwen.device, qwen.dtype
-        self.slots, self.length = slots, length
+        self.slots, self.length = self._room(qwen.config, slots, length), length
         self.embed, self.norm, self.head = qwen.model.embed_tokens.weight, qwen.model.norm, qwen.lm_head.weight
+        slots = self.slots
         self.layers = [Layer(layer, adapters, slots + 1, length) for layer in qwen.model.layers]
         angles = qwen.model.rotary_emb(self.embed.new_zeros(1).float(), torch.arange(length, device=self.device)[None])
         self.turns = torch.stack([part[0].chunk(2, dim=-1)[0].float() for part in angles]).contiguous()
@@ -118,6 +119,17 @@ class Decoder:
         self.top_k = [1] * (slots + 1)
         self.graphs: dict[tuple[str, int, int], tuple[list[Tensor], Any, Tensor]] = {}
         self.pool: Any = None
+
+    def _room(self, config: Any, slots: int, length: int) -> int:
+        """As many conversations as the GPU has memory for, with the one for padding and some air to compute in."""
+        if self.device.type != "cuda":
+            return slots
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 2 * config.num_hidden_layers * config.num_key_value_heads * size * length * self.dtype.itemsize
+        room = int(0.8 * torch.cuda.mem_get_info()[0] // each) - 1
+        if room < 1:
+            raise RuntimeError("the GPU has no memory left for a second conversation")
+        return min(slots, room)
 
     @torch.inference_mode()
     def begin(self, slot: int, ids: Sequence[int], known: int, adapter: int, sampling: Sampling, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -95,7 +95,7 @@ def _convert(located: Located, folder: Path) -> None:
 
 
 def places() -> int:
-    """How many replies this machine gives at once: on a GPU what PLACES says, but no more than its memory holds."""
+    """How many replies this machine gives at once: more than one on a GPU with Triton, as PLACES says."""
     if not torch.cuda.is_available() or os.environ.get(ZERO_GPU) or not find_spec("triton"):
         return 1  # ZeroGPU's workers are forked for one visitor each
     return int(os.environ.get("PLACES", PLACES))
@@ -186,17 +186,22 @@ class LocalEngine:
         """
         self._thread.submit(self._quicken)
 
-    def _quicken(self) -> None:
-        room = MAX_NEW_TOKENS + PROMPT_TOKENS
-        decoder = Decoder(self.model, self._served, self.places, room)
-        batch = Batch(decoder, self._thread)
-
-        def use() -> None:
+    def _quicken(self, batch: Batch | None = None, left: Sequence[Callable[[], Any]] = ()) -> None:
+        try:
+            if not batch:
+                decoder = Decoder(self.model, self._served, self.places, MAX_NEW_TOKENS + PROMPT_TOKENS)
+                batch, left = Batch(decoder, self._thread), decoder.rehearsals()
+            else:
+                left[0]()
+                left = left[1:]
+        except Exception as error:  # noqa: BLE001 - no room for the cache or a kernel: the plain way goes on
+            log.warning("Visitors are answered one at a time: %s. Give a smaller PLACES.", error)
+            return
+        if left:
+            self._thread.submit(self._quicken, batch, left)
+        else:
             self._batch = batch
-            log.info("%d conversations can be answered at once.", self.places)
-
-        for task in (*decoder.rehearsals(), use):
-            self._thread.submit(task)
+            log.info("%d conversations can be answered at once.", len(batch.places))
 
     @property
     def adapters(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ def asked(text):
 
 @pytest.fixture(scope="module")
 def engine(located, trained):
-    engine = LocalEngine(located, [trained])
+    with mock.patch("chat.cpu.fits", return_value=False):  # as on a GPU
+        engine = LocalEngine(located, [trained])
     engine.places = 4
     return engine
 
@@ -124,6 +126,15 @@ def test_a_failure_at_the_start_is_its_own_and_one_on_the_way_reaches_all_who_ar
             with pytest.raises(torch.OutOfMemoryError):
                 say(quick, "早", "tiny", sampling)
         assert say(quick, "早", "tiny", sampling) == fine
+
+
+def test_without_room_for_more_conversations_one_is_answered_at_a_time(located, trained, monkeypatch, caplog):
+    monkeypatch.setattr("chat.cpu.fits", lambda _: False)
+    engine = LocalEngine(located, [trained])
+    monkeypatch.setattr("chat.local.Decoder", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    engine.quicken()
+    assert listen(engine, "早", "tiny", Sampling(temperature=0, max_new_tokens=4))[1].tokens
+    assert engine._batch is None and "one at a time: full" in caplog.text
 
 
 def test_who_gave_up_while_waiting_costs_nothing(quick):
