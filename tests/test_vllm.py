@@ -20,6 +20,7 @@ import pytest
 import torch
 from gradio_client import Client
 from safetensors.torch import load_file, save_file
+from transformers.generation.streamers import BaseStreamer
 
 import app
 from chat import persona
@@ -108,6 +109,19 @@ def local(located, folders):
     return LocalEngine(located, [Adapter.open(folder, located, name) for name, folder in folders.items()])
 
 
+class Heard(BaseStreamer):
+    """The ids of a prompt and of the reply to it."""
+
+    def __init__(self):
+        self.ids = []
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        pass
+
+
 @pytest.fixture(scope="module")
 def expected(local):
     """What the local engine says, greedily, to each question with each adapter: ids and text."""
@@ -115,11 +129,13 @@ def expected(local):
     for name in (*WORN, BASE_ONLY):
         for question in ASKED:
             ids = prompt_ids(local.tokenizer, ask(question))
+            prompt, heard = torch.tensor([ids]), Heard()
             with local._worn(name), torch.inference_mode():
-                made = local.model.generate(
-                    input_ids=torch.tensor([ids]), generation_config=generation_config(local.tokenizer, GREEDY)
-                )
-            new = made[0, len(ids) :].tolist()
+                local.model.generate(
+                    input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=heard, stopping_criteria=[],
+                    generation_config=generation_config(local.tokenizer, GREEDY),
+                )  # fmt: skip
+            new = heard.ids[len(ids) :]
             said[name, question] = new, local.tokenizer.decode(new, skip_special_tokens=True)
     return said
 
