@@ -230,7 +230,7 @@ def main() -> None:
             hide_chat_from_tools(page)
         page.launch(
             server_name=picked.host, server_port=picked.port, share=picked.share, mcp_server=picked.mcp,
-            max_threads=3 * engine.places + 2 * reply.WAITING, prevent_thread_lock=True, **LAUNCH,
+            max_threads=3 * engine.most + 2 * reply.WAITING, prevent_thread_lock=True, **LAUNCH,
         )  # fmt: skip
         if isinstance(engine, Awaited):
             engine.wait()

@@ -94,29 +94,30 @@ class Batch:
                     self._await(tokens, speaking)
                 while len(self.unheard) > bool(speaking):
                     self._hear()
-            except Exception as error:  # noqa: BLE001  # whatever it is, it reaches all who were being answered
+            except Exception as error:  # noqa: BLE001 - whatever it is, it reaches all who were being answered
                 self._fail(error)
             if not (self.waiting or self.unheard):
                 return
 
     def _admit(self) -> None:
-        while self.waiting and (free := [place for place in self.places if not place.request]):
+        for request in [request for request in list(self.waiting) if request.cancel.is_set()]:
+            self.waiting.remove(request)
+            request.cost.set_result(Cost("cancelled", 0, 0, 0))
+        # One at a time, so that who is spoken to waits for the reading of one prompt only.
+        if self.waiting and (free := [place for place in self.places if not place.request]):
             request = self.waiting.popleft()
-            if request.cancel.is_set():
-                request.cost.set_result(Cost("cancelled", 0, 0, 0))
-                continue
             place = max(
                 free, key=lambda place: (known if (known := place.common(request)) > COMMON else 0, -place.used)
             )
             try:
                 self._begin(place, request)
-            except Exception as error:  # noqa: BLE001  # nobody else is harmed
-                place.ids, place.request = [], None
-                request.cost.set_exception(error)
+            except Exception as error:  # noqa: BLE001 - nobody else is harmed
+                self._give_up(place, error)
 
     def _begin(self, place: Place, request: Request) -> None:
         known, sampling = place.common(request), request.sampling
         place.ids, place.adapter, place.request = request.ids, request.adapter, request
+        request.started = time.perf_counter()  # who waited has no less time for it
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
         slot = self.places.index(place)
         self._await(self.decoder.begin(slot, request.ids, known, request.adapter, sampling, seed), [place])
@@ -133,8 +134,14 @@ class Batch:
         if there:
             there.synchronize()
         for token, (place, request) in zip(tokens.tolist(), told, strict=True):
-            if place.request is request and (why := request.take(token)):
-                self._end(place, request, why)
+            if place.request is not request:
+                continue
+            try:
+                why = request.take(token)
+            except Exception as error:  # noqa: BLE001 - of who listens: nobody else is harmed
+                self._give_up(place, error)
+            else:
+                self._end(place, request, why) if why else None
 
     def _end(self, place: Place, request: Request, why: Why) -> None:
         place.ids = request.ids + request.said[:-1]  # the last one was not read
@@ -145,6 +152,9 @@ class Batch:
     def _fail(self, error: Exception) -> None:
         self.unheard.clear()
         for place in self.places:
-            if place.request:
-                place.request.cost.set_exception(error)
-                place.ids, place.request = [], None
+            self._give_up(place, error)
+
+    def _give_up(self, place: Place, error: Exception) -> None:
+        if place.request:
+            place.request.cost.set_exception(error)
+        place.ids, place.request = [], None

@@ -18,6 +18,7 @@ from chat.kernels import Lora, State
 
 Tensor = torch.Tensor
 DECODE = (1, 2, 4, 8, 16, 32)  # conversations that go on together, each recorded apart
+FULL = "full_attention"
 READ = (32, 64, 128, 256, 512)  # tokens of a prompt that are read at once
 
 
@@ -85,6 +86,13 @@ def _add_norm(x: Tensor, y: Tensor | None, lora: Lora | None, who: Tensor, slots
     return kernels.add_norm(x, y, lora, who, slots, norm.weight, norm.variance_epsilon)
 
 
+def _require_plain(config: Any) -> None:
+    """Raise RuntimeError for what would be computed wrongly here."""
+    plain = config.model_type == "qwen2" and config.hidden_act == "silu" and set(config.layer_types) == {FULL}
+    if not plain or config.rope_parameters["rope_type"] != "default":
+        raise RuntimeError(f"the decoder knows Qwen2 with full attention, not this {config.model_type}")
+
+
 @dataclass(frozen=True)
 class Rows:
     """The tokens of a step, on the device; those of a prompt stand in order."""
@@ -102,6 +110,7 @@ class Decoder:
 
     def __init__(self, model: Any, adapters: Sequence[str], slots: int, length: int) -> None:
         qwen = model.get_base_model() if hasattr(model, "get_base_model") else model
+        _require_plain(qwen.config)
         self.device, self.dtype = qwen.device, qwen.dtype
         self.slots, self.length = self._room(qwen.config, slots, length), length
         self.embed, self.norm, self.head = qwen.model.embed_tokens.weight, qwen.model.norm, qwen.lm_head.weight
@@ -138,13 +147,13 @@ class Decoder:
         prompt = torch.tensor(ids, device=self.device)
         self.state.who[slot], self.state.seed[slot] = adapter, seed
         self.state.law[slot] = torch.tensor(law, device=self.device)
-        self.state.seen[slot] = 0
-        self.state.seen[slot, prompt] = 1
         self.top_k[slot] = sampling.top_k
         for start in range(known, len(ids), READ[-1]):
+            self.state.seen[slot] = 0  # what was drawn after the part before was not said
+            self.state.seen[slot, prompt] = 1
             part = prompt[start : start + READ[-1]]
             last = torch.tensor([len(part) - 1], device=self.device)
-            tokens = self._step("read", [*self._padded(part, start, slot), last], [slot])
+            tokens = self._step("read", [*self._padded(part, start, slot), last], self._candidates([slot]))
         return tokens
 
     @torch.inference_mode()
@@ -152,15 +161,20 @@ class Decoder:
         """The next token of each of these conversations, (len(slots),)."""
         room = next(size for size in DECODE if size >= len(slots))
         padded = torch.tensor([*slots, *[self.slots] * (room - len(slots))], device=self.device)
-        return self._step("decode", [padded], slots)[: len(slots)]
+        return self._step("decode", [padded], self._candidates(slots))[: len(slots)]
+
+    def _candidates(self, slots: Sequence[int]) -> int:
+        widest = max(self.top_k[slot] for slot in slots)
+        return next(count for count in kernels.CANDIDATES if count >= widest)
 
     def rehearsals(self) -> list[Callable[[], Any]]:
         """Record each step there is, one by one: most is done once, at the first start on a machine."""
         pad = torch.full((READ[-1],), self.slots, device=self.device)
         zero = torch.zeros_like(pad)
-        steps = [("decode", [pad[:size]]) for size in DECODE if size <= self.slots]
+        steps = [("decode", [pad[:size]]) for size in DECODE if size < 2 * self.slots]
         steps += [("read", [zero[:size], zero[:size], pad[:size], zero[:1]]) for size in READ]
-        return [partial(torch.inference_mode()(self._step), kind, given, [self.slots]) for kind, given in steps]
+        step = torch.inference_mode()(self._step)
+        return [partial(step, kind, given, count) for count in kernels.CANDIDATES for kind, given in steps]
 
     def _padded(self, ids: Tensor, start: int, slot: int) -> list[Tensor]:
         spare = next(size for size in READ if size >= len(ids)) - len(ids)
@@ -169,9 +183,7 @@ class Decoder:
         pad = torch.nn.functional.pad
         return [pad(ids, (0, spare)), pad(positions, (0, spare)), pad(slots, (0, spare), value=self.slots)]
 
-    def _step(self, kind: str, given: list[Tensor], slots: Sequence[int]) -> Tensor:
-        widest = max(self.top_k[slot] for slot in slots)
-        count = next(count for count in kernels.CANDIDATES if count >= widest)
+    def _step(self, kind: str, given: list[Tensor], count: int) -> Tensor:
         if self.device.type != "cuda":
             return self._run(kind, given, count)
         key = (kind, len(given[0]), count)
@@ -200,7 +212,8 @@ class Decoder:
             ids, positions, slots, picked = given
         else:
             (slots,) = given
-            ids, positions, picked = self.state.last[slots], self.state.position[slots], None
+            ids, picked = self.state.last[slots], None
+            positions = torch.where(slots < self.slots, self.state.position[slots], 0)  # padding stays where it is
         return self._forward(Rows(ids, positions, slots), picked, count)
 
     def _forward(self, rows: Rows, picked: Tensor | None, count: int) -> Tensor:

@@ -11,6 +11,7 @@ from chat.persona import Message
 
 BASE_ONLY = "base"  # the adapter name that means: none, the base as it is
 MAX_NEW_TOKENS = 512
+COLDEST = 0.01  # the lowest temperature that is not greedy
 MAX_CHARACTERS = 800  # of one question
 MAX_TURNS = 200  # of a history, before trimming by tokens
 
@@ -41,6 +42,8 @@ class Sampling:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; choose a number from {low} to {high}.")
+        if 0 < self.temperature < COLDEST:  # logits over it would be infinite
+            raise ValueError(f"temperature is {self.temperature!r}; choose 0, or a number from {COLDEST} to 2.")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class ChatEngine(Protocol):
         """How many replies it can give at once; more wait in line."""
 
     @property
+    def most(self) -> int:
+        """How many it may come to give at once: an engine may get quick while it serves."""
+
+    @property
     def ready(self) -> bool:
         """Whether it answers at once; while it is still being loaded, a reply waits for that."""
 
@@ -125,13 +132,23 @@ class Awaited:
     """
 
     def __init__(self, base: str, adapters: Sequence[str], make: Callable[[], ChatEngine], places: int = 1) -> None:
-        self.places = places
+        self._most = places
         self._base, self._adapters = base, [*adapters, BASE_ONLY]
         self._making = ThreadPoolExecutor(1, thread_name_prefix="loading").submit(make)
 
     def wait(self) -> ChatEngine:
         """The engine, once it is there."""
         return self._making.result()
+
+    @property
+    def places(self) -> int:
+        """Replies at once: of the engine as it is now, one while it is made."""
+        return self.wait().places if self.ready else 1
+
+    @property
+    def most(self) -> int:
+        """Replies at once that it may come to."""
+        return self._most
 
     @property
     def ready(self) -> bool:
@@ -176,7 +193,7 @@ class ScriptedEngine:
     base = "scripted"
     adapters: tuple[str, ...] = ("scripted", BASE_ONLY)
     refused: tuple[str, ...] = ()
-    places = 1
+    places = most = 1
     ready = True
 
     def __init__(self, *replies: str | Exception, pause: float = 0) -> None:

@@ -203,7 +203,7 @@ def _draw(values: Tensor, ids: Tensor, law: Tensor, seed: int, position: int) ->
     kept: Tensor = values >= values[min(int(top_k), len(values)) - 1]
     p = torch.where(kept, scores, -torch.inf).softmax(0)
     kept &= p.cumsum(0) - p < top_p
-    uniform = torch.rand(len(p), generator=torch.Generator().manual_seed(seed * 1_000_003 + position))
+    uniform = torch.rand(len(p), generator=torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63))
     drawn: Tensor = ids[torch.where(kept, scores - (-uniform.log()).log(), -torch.inf).argmax()]
     return drawn
 

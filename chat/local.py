@@ -26,7 +26,7 @@ from chat import cpu
 from chat.adapter import WEIGHTS, Adapter, find
 from chat.base import Located, dense_folder
 from chat.batch import Batch, Request
-from chat.decoder import Decoder
+from chat.decoder import DECODE, Decoder
 from chat.engine import BASE_ONLY, MAX_NEW_TOKENS, Awaited, ChatEngine, Cost, Piece, Sampling
 from chat.fetch import digest
 from chat.persona import OPENERS, Message
@@ -98,7 +98,9 @@ def places() -> int:
     """How many replies this machine gives at once: more than one on a GPU with Triton, as PLACES says."""
     if not torch.cuda.is_available() or os.environ.get(ZERO_GPU) or not find_spec("triton"):
         return 1  # ZeroGPU's workers are forked for one visitor each
-    return int(os.environ.get("PLACES", PLACES))
+    if torch.cuda.get_device_capability() < (8, 0):
+        return 1  # Triton multiplies no bf16 there
+    return min(max(int(os.environ.get("PLACES") or PLACES), 1), DECODE[-1])
 
 
 def load_tokenizer(located: Located) -> "PreTrainedTokenizerFast":
@@ -137,8 +139,8 @@ def load(choice: str | None = None) -> Awaited:
     def make() -> ChatEngine:
         engine = LocalEngine(located, adapters)
         engine.refused += refused
-        if engine.places > 1:
-            engine.quicken()
+        if places() > 1:
+            engine.quicken(places())
         return engine
 
     awaited = Awaited(_served_by(located), [adapter.name for adapter in adapters], make, places())
@@ -171,25 +173,37 @@ class LocalEngine:
         for adapter in adapters:
             self._admit(adapter)
         self.model.to(best_device())
-        self.places = places()
         self._batch: Batch | None = None
+        self._most = 1
         self._start_thread()
         os.register_at_fork(after_in_child=self._start_thread)  # ZeroGPU answers from a forked worker
 
     def _start_thread(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
-    def quicken(self) -> None:
+    @property
+    def places(self) -> int:
+        """Replies at once: one, until it is quick."""
+        batch = self._batch
+        return len(batch.places) if batch else 1
+
+    @property
+    def most(self) -> int:
+        """Replies at once that it may come to."""
+        return self._most
+
+    def quicken(self, places: int) -> None:
         """Get ready to answer several at once, in the background; until then replies are generated one by one.
 
         Recording a step takes up to some seconds. Who asks meanwhile is answered between two of them.
         """
-        self._thread.submit(self._quicken)
+        self._most = places
+        self._thread.submit(self._quicken, places)
 
-    def _quicken(self, batch: Batch | None = None, left: Sequence[Callable[[], Any]] = ()) -> None:
+    def _quicken(self, places: int, batch: Batch | None = None, left: Sequence[Callable[[], Any]] = ()) -> None:
         try:
             if not batch:
-                decoder = Decoder(self.model, self._served, self.places, MAX_NEW_TOKENS + PROMPT_TOKENS)
+                decoder = Decoder(self.model, self._served, places, MAX_NEW_TOKENS + PROMPT_TOKENS)
                 batch, left = Batch(decoder, self._thread), decoder.rehearsals()
             else:
                 left[0]()
@@ -198,7 +212,7 @@ class LocalEngine:
             log.warning("Visitors are answered one at a time: %s. Give a smaller PLACES.", error)
             return
         if left:
-            self._thread.submit(self._quicken, batch, left)
+            self._thread.submit(self._quicken, places, batch, left)
         else:
             self._batch = batch
             log.info("%d conversations can be answered at once.", len(batch.places))

@@ -101,7 +101,7 @@ class RemoteEngine:
         self, urls: Sequence[str], *, key: str = "", base: str = "", wanted: Sequence[str] = (),
         places: int = PLACES, fallback: ChatEngine | None = None, limits: Limits,
     ) -> None:  # fmt: skip
-        self.places, self.limits = places, limits
+        self.places, self.most, self.limits = places, places, limits
         self._fallback, self._wanted = fallback, wanted
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Redirects are not followed and certificates are checked: httpx's defaults.

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LOOK = 0.5  # seconds between two looks at the line; a visitor who left is noticed as often
@@ -17,7 +17,7 @@ class Full(Exception):
 class Line:
     """`places` are served at once, at most `longest` wait. Gradio's own queue answers a full line with an error."""
 
-    def __init__(self, places: int, longest: int) -> None:
+    def __init__(self, places: Callable[[], int], longest: int) -> None:
         self.places, self.longest = places, longest
         self.typical = FIRST_GUESS  # seconds a reply takes, a moving average
         self._tickets: deque[object] = deque()  # those served now, then those who wait
@@ -28,7 +28,7 @@ class Line:
         """A place at the end of the line, given up on leaving the block. Raises Full."""
         mine = object()
         with self._moved:
-            if len(self._tickets) >= self.places + self.longest:
+            if len(self._tickets) >= self.places() + self.longest:
                 raise Full
             self._tickets.append(mine)
         try:
@@ -42,12 +42,13 @@ class Line:
         """Until it is this ticket's turn: again and again, how many are ahead and the seconds it may take."""
         while True:
             with self._moved:
-                ahead = self._tickets.index(ticket) - self.places + 1
+                places = self.places()
+                ahead = self._tickets.index(ticket) - places + 1
                 if ahead <= 0:
                     return
-            yield ahead, self.typical * (1 + (ahead - 1) // self.places)
+            yield ahead, self.typical * (1 + (ahead - 1) // places)
             with self._moved:
-                if self._tickets.index(ticket) >= self.places:
+                if self._tickets.index(ticket) >= self.places():
                     self._moved.wait(LOOK)
 
     @contextmanager

@@ -97,9 +97,9 @@ class Replies:
 
     def __init__(self, engine: ChatEngine) -> None:
         self.engine = engine
-        waiting = max(WAITING, 2 * engine.places)  # who waits for so many places is not long in coming
-        self.line = Line(engine.places, waiting)
-        self.visitors = max(2 * WAITING, engine.places + waiting)  # inside at once
+        waiting = max(WAITING, 2 * engine.most)  # who waits for so many places is not long in coming
+        self.line = Line(lambda: engine.places, waiting)
+        self.visitors = max(2 * WAITING, engine.most + waiting)  # inside at once
         self.allowance = Allowance()
         self.opened = time.monotonic()
         self._answer = cast("Callable[..., Iterator[Piece]]", on_gpu(_answering(engine)))

@@ -1,6 +1,8 @@
 """Replies given together: to the letter what each would be alone, whoever joins, leaves, stops or fails."""
 
+import copy
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 
 from chat import kernels, local
+from chat.batch import Request
+from chat.decoder import Decoder
 from chat.engine import BASE_ONLY, Sampling
 from chat.local import LocalEngine
 
@@ -21,9 +25,7 @@ def asked(text):
 @pytest.fixture(scope="module")
 def engine(located, trained):
     with mock.patch("chat.cpu.fits", return_value=False):  # as on a GPU
-        engine = LocalEngine(located, [trained])
-    engine.places = 4
-    return engine
+        return LocalEngine(located, [trained])
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +38,11 @@ def plainly(engine):
 @pytest.fixture
 def quick(engine, plainly):
     if not engine._batch:
-        engine.quicken()
+        assert engine.places == 1
+        engine.quicken(4)
         while not engine._batch:
             engine._thread.submit(lambda: None).result()
+        assert engine.places == engine.most == 4
     return engine
 
 
@@ -97,10 +101,10 @@ def test_the_next_turn_reads_only_what_is_new_and_says_the_same(quick, monkeypat
     decoder, read = quick._batch.decoder, []
     step = decoder._step
 
-    def listening(kind, given, slots):
+    def listening(kind, given, count):
         if kind == "read":
             read.append(int(given[3][0]) + 1)  # tokens that are not padding
-        return step(kind, given, slots)
+        return step(kind, given, count)
 
     monkeypatch.setattr(decoder, "_step", listening)
     turns = asked("听说山里下了一场大雨，可是真的？")
@@ -132,9 +136,58 @@ def test_without_room_for_more_conversations_one_is_answered_at_a_time(located, 
     monkeypatch.setattr("chat.cpu.fits", lambda _: False)
     engine = LocalEngine(located, [trained])
     monkeypatch.setattr("chat.local.Decoder", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-    engine.quicken()
+    engine.quicken(4)
     assert listen(engine, "早", "tiny", Sampling(temperature=0, max_new_tokens=4))[1].tokens
-    assert engine._batch is None and "one at a time: full" in caplog.text
+    assert engine.places == 1 and "one at a time: full" in caplog.text
+
+
+def test_padding_stays_where_it_is_however_long_three_are_spoken_to(quick):
+    decoder = quick._batch.decoder
+    short = Decoder(quick.model, ["tiny"], 4, 24)
+    for step in range(60):
+        if step % 16 == 0:
+            for slot in range(3):
+                short.begin(slot, [5, 6, 7], 0, 0, Sampling(temperature=0), 0)
+        short.go_on([0, 1, 2])
+    assert int(short.state.position[4]) <= 1 and decoder is not short
+
+
+def test_what_was_drawn_between_the_parts_of_a_long_prompt_does_not_count_as_said(quick, monkeypatch):
+    monkeypatch.setattr("chat.decoder.READ", (16,))
+    decoder = quick._batch.decoder
+    prompt = [5 + n % 7 for n in range(50)]
+    said = decoder.begin(3, prompt, 0, -1, Sampling(temperature=1.5), 1).tolist()
+    assert set(decoder.state.seen[3].nonzero().flatten().tolist()) == {*prompt, *said}
+
+
+def test_a_listener_that_fails_harms_nobody_else(quick):
+    long = Sampling(temperature=1.5, seed=3, max_new_tokens=60)
+    alone = say(quick, "皇上驾到", BASE_ONLY, long)
+    deaf = Request([5, 6, 7], -1, long, threading.Event(), lambda token: 1 // 0, 10.0)
+    with ThreadPoolExecutor(1) as visitor:
+        other = visitor.submit(say, quick, "皇上驾到", BASE_ONLY, long)
+        while not any(place.request for place in quick._batch.places):
+            time.sleep(0)
+        quick._batch.submit(deaf)
+        with pytest.raises(ZeroDivisionError):
+            deaf.cost.result(10)
+        assert other.result() == alone
+
+
+def test_another_architecture_is_not_taken_for_ours(quick):
+    config = copy.deepcopy(quick.model.config)
+    config.layer_types = ["sliding_attention", "full_attention"]
+    with mock.patch.object(quick.model.get_base_model(), "config", config), pytest.raises(RuntimeError, match="Qwen2"):
+        Decoder(quick.model, [], 4, 24)
+
+
+@pytest.mark.parametrize("asked", ["0", "64", "", "8"])
+def test_places_are_as_many_as_can_be_recorded(monkeypatch, asked):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("chat.local.find_spec", lambda name: True)
+    monkeypatch.setenv("PLACES", asked)
+    assert local.places() == {"0": 1, "64": 32, "": 32, "8": 8}[asked]
 
 
 def test_who_gave_up_while_waiting_costs_nothing(quick):

@@ -171,6 +171,7 @@ def test_on_zerogpu_adapters_are_tried_before_there_is_a_gpu(trained, located, m
     "forged",
     [
         {"temperature": -1},
+        {"temperature": 1e-45},
         {"temperature": float("nan")},
         {"top_p": 0},
         {"top_k": 10**9},
@@ -180,7 +181,7 @@ def test_on_zerogpu_adapters_are_tried_before_there_is_a_gpu(trained, located, m
     ],
 )
 def test_a_forged_sampling_value_is_refused_by_name(forged):
-    with pytest.raises(ValueError, match=f"{next(iter(forged))} is .*choose a number from"):
+    with pytest.raises(ValueError, match=f"{next(iter(forged))} is .*choose .*a number from"):
         Sampling(**forged)
 
 

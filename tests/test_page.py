@@ -33,7 +33,7 @@ def asked(text):
 
 
 def test_the_line_serves_in_order_and_says_who_is_ahead():
-    line = Line(places=1, longest=2)
+    line = Line(lambda: 1, longest=2)
     with line.ticket() as first, line.ticket() as second, line.ticket() as third:
         assert not list(line.wait(first))
         assert [next(line.wait(ticket))[0] for ticket in (second, third)] == [1, 2]
@@ -43,7 +43,7 @@ def test_the_line_serves_in_order_and_says_who_is_ahead():
 
 
 def test_whoever_leaves_the_line_lets_the_others_move_up():
-    line, served = Line(places=1, longest=5), []
+    line, served = Line(lambda: 1, longest=5), []
 
     def stand(name):
         with line.ticket() as ticket:
@@ -64,7 +64,7 @@ def test_whoever_leaves_the_line_lets_the_others_move_up():
 
 
 def test_the_estimate_follows_what_replies_take():
-    line = Line(places=2, longest=5)
+    line = Line(lambda: 2, longest=5)
     before = line.typical
     for _ in range(20):
         with line.timed():
