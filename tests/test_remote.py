@@ -583,7 +583,7 @@ def test_the_page_tells_a_full_engine_from_a_broken_one_and_keeps_what_was_said(
 
 def test_the_line_grows_with_the_places(serve, join):
     replies = Replies(join(serve()))
-    assert (replies.line.places, replies.line.longest, replies.visitors) == (32, 64, 96)
+    assert (replies.line.places(), replies.line.longest, replies.visitors) == (32, 64, 96)
 
 
 def test_as_many_are_answered_at_once_as_the_setting_allows(serve, join):
