@@ -50,9 +50,9 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
     with page:
         gr.HTML(_masthead())
         with gr.Row(elem_id="stage"):
-            scene = gr.Dropdown(_scenes(), value=SCENES[0].name, label=word("scene"), filterable=False)
+            scene = gr.Dropdown(_scenes(), value=SCENES[0].name, label=word("scene"))
             # Everybody at first, for API calls that name a scene; the page narrows the list to the scene at once.
-            visitor = gr.Dropdown(callers(), value=PASSER_BY, label=word("visitor"), filterable=False)
+            visitor = gr.Dropdown(callers(), value=PASSER_BY, label=word("visitor"))
         line = gr.Markdown(setting(SCENES[0].name), elem_id="setting")
         with gr.Accordion(word("voice"), open=False) as voice:
             inputs = [scene, visitor, *_controls(engine)]
@@ -88,7 +88,7 @@ def _scenes() -> list[tuple[str, str]]:
 def _controls(engine: ChatEngine) -> list[Any]:
     names = [(f"{name}（只用底座 base only）" if name == BASE_ONLY else name, name) for name in engine.adapters]
     return [
-        gr.Dropdown(names, value=engine.adapters[0], label=word("adapter"), filterable=False),
+        gr.Dropdown(names, value=engine.adapters[0], label=word("adapter")),
         gr.Slider(0, 2, Sampling.temperature, step=0.05, label=word("temperature")),
         gr.Slider(0.05, 1, Sampling.top_p, step=0.05, label=word("top_p")),
         gr.Slider(1, 200, Sampling.top_k, step=1, label=word("top_k")),

@@ -587,7 +587,7 @@ def test_the_line_grows_with_the_places(serve, join):
 
 
 def test_as_many_are_answered_at_once_as_the_setting_allows(serve, join):
-    server = serve(says("长" * 20, pause=0.02))
+    server = serve(says("长" * 20, pause=0.1))
     engine = join(server, ENGINE_PLACES="8")
     replies = Replies(engine)
 
