@@ -78,10 +78,12 @@ def test_attention_within_rows_and_its_gradients(monkeypatch):
     first, last = rows_of(0, 20, 21, 90, 140, TOKENS)
     dout = torch.randn(TOKENS, 4 * 32)
     out, state = learning.attend(q, k, v, first)
-    grads = learning.attend_back(dout, q, k, v, out, state, first, last)
+    angles = torch.randn(TOKENS, 16)
+    turns = torch.stack([angles.cos(), angles.sin()])
+    grads = learning.attend_back(dout, q, k, v, out, state, first, last, turns)
     ours, lse = triton(monkeypatch, learning.attend, q, k, v, first)
     torch.testing.assert_close(ours, out, rtol=1e-5, atol=1e-5)
-    back = triton(monkeypatch, learning.attend_back, dout, q, k, v, ours, lse, first, last)
+    back = triton(monkeypatch, learning.attend_back, dout, q, k, v, ours, lse, first, last, turns)
     torch.testing.assert_close(back, grads, rtol=1e-5, atol=1e-5)
 
 
@@ -97,7 +99,7 @@ def test_the_way_back_of_the_wide_products(both, outs, rank):
     wide, narrow = sum(outs), len(outs) * rank
     both(
         learning.cross, torch.randn(TOKENS, wide), torch.randn(TOKENS, narrow), torch.randn(wide, rank),
-        torch.zeros(wide, rank), outs,
+        torch.zeros(TOKENS, narrow), torch.zeros(wide, rank), outs,
     )  # fmt: skip
 
 
@@ -109,7 +111,8 @@ def test_cross_entropy_leaves_its_gradient_and_skips_what_is_not_learned(both):
 @pytest.mark.parametrize(("groups", "width"), [(3, 96), (1, 700)])
 def test_narrow_products_with_dropout_and_their_way_back(monkeypatch, groups, width):
     x, a, seed = torch.randn(TOKENS, width), torch.randn(groups * 8, width), torch.tensor(5)
-    h, kept = triton(monkeypatch, learning.narrow, x, a, groups, seed, 0, 0.3, 4.0)
+    h = torch.zeros(TOKENS, groups * 8)
+    kept = triton(monkeypatch, learning.narrow, x, a, h, groups, seed, 0, 0.3, 4.0)
     drawn = bits(kept, width)
     assert drawn.float().mean().item() == pytest.approx(0.7, abs=0.01)
     scaled = drawn.float() * (4 / 0.7)
@@ -128,7 +131,8 @@ def test_swiglu_and_its_way_back(both, monkeypatch):
     gate_up, h, b = torch.randn(TOKENS, 2 * width), torch.randn(TOKENS, 16), torch.randn(2 * width, 8)
     s = both(learning.swiglu, gate_up, h, b)
     a, dout, dh = torch.randn(8, width), torch.randn(TOKENS, width), torch.randn(TOKENS, 8)
-    kept = triton(monkeypatch, learning.narrow, s, a, 1, torch.tensor(5), 0, 0.3, 4.0)[1]
+    middle = torch.zeros(TOKENS, 8)
+    kept = triton(monkeypatch, learning.narrow, s, a, middle, 1, torch.tensor(5), 0, 0.3, 4.0)
     plain, ours = torch.zeros(8, width), torch.zeros(8, width)
     expected = learning.swiglu_back(dout, gate_up, h, b, a, dh, plain, bits(kept, width), 0.3, 4.0)
     back = triton(monkeypatch, learning.swiglu_back, dout, gate_up, h, b, a, dh, ours, kept, 0.3, 4.0)
@@ -136,9 +140,16 @@ def test_swiglu_and_its_way_back(both, monkeypatch):
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
 
 
-def test_turning_heads_to_their_positions(both):
-    angles = torch.randn(TOKENS, 16)
-    both(learning.rotate_, torch.randn(TOKENS, 5, 32), angles.cos(), angles.sin())
+def test_turning_heads_to_their_positions_with_their_lora(both):
+    angles, outs = torch.randn(TOKENS, 16), [4 * 32, 2 * 32, 2 * 32]
+    qkv, h, b = torch.randn(TOKENS, sum(outs)), torch.randn(TOKENS, 24), torch.randn(sum(outs), 8)
+    both(learning.turn_, qkv, h, b, outs, torch.stack([angles.cos(), angles.sin()]))
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_norm_of_what_a_layer_adds(both, adds):
+    added = (torch.randn(TOKENS, 96), torch.randn(TOKENS, 8), torch.randn(8, 96)) if adds else None
+    both(learning.add_norm, torch.randn(TOKENS, 96), added, torch.randn(96), 1e-6)
 
 
 # Serving

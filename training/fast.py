@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn import functional
 
 from training import kernels, ranks
 from training.tokens import IGNORED
@@ -39,30 +40,32 @@ class Group:
         self.dropout = getattr(layers[0].lora_dropout["default"], "p", 0.0)
         self.parameters = [layer.lora_A["default"].weight for layer in layers]
         self.parameters += [layer.lora_B["default"].weight for layer in layers]
+        self.across: Tensor  # (R, out): B of this batch, where a norm reads it rank by rank
 
     def bind(self, values: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Take views of the step's flat buffers: all A, then all B."""
-        self.rank = self.parameters[0].shape[0]
         self.a, self.da = (_joined(part[: self.count]) for part in (values, grads))  # (G·R, in)
         self.b, self.db = (_joined(part[self.count :]) for part in (values, grads))  # (out, R)
 
+    def lend(self, zeros: Tensor) -> None:
+        """Take (2, T, G·R) in fp32 for a batch: the LoRA's narrow middle, and its gradient."""
+        self.middle, self.dmiddle = zeros
+
     def down(self, x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
         """The LoRA's narrow middle, (T, G·R), and what dropout kept."""
-        h, kept = kernels.narrow(x, self.a, self.count, seed, self.salt, self.dropout, self.scale)
-        return h.to(x.dtype), kept
+        h = self.middle[: len(x)]
+        return h, kernels.narrow(x, self.a, h, self.count, seed, self.salt, self.dropout, self.scale)
 
-    def forward(self, x: Tensor, h: Tensor, onto: Tensor | None = None) -> Tensor:
-        """x (T, in) through all layers and their LoRA, added to `onto`: (T, out)."""
-        onto = self.bias if onto is None else onto
-        y = x @ self.weight.T if onto is None else torch.addmm(onto, x, self.weight.T)
-        parts = zip(y.split(self.outs, 1), h.split(self.rank, 1), self.b.split(self.outs), strict=True)
-        for part, narrow, b in parts:
-            part.addmm_(narrow, b.T)
+    def wide(self, x: Tensor) -> Tensor:
+        """x (T, in) through all layers, still without their LoRA: (T, out)."""
+        y: Tensor = functional.linear(x, self.weight, self.bias)
         return y
 
     def cross(self, dy: Tensor, h: Tensor) -> Tensor:
         """The gradient of the LoRA's narrow middle, (T, G·R); adds that of B to the step's buffer."""
-        return kernels.cross(dy, h, self.b, self.db, self.outs)
+        dh: Tensor = self.dmiddle[: len(dy)]
+        kernels.cross(dy, h, self.b, dh, self.db, self.outs)
+        return dh
 
     def back(self, dy: Tensor, h: Tensor, x: Tensor, kept: Tensor) -> Tensor:
         """dx, from dy (T, out); adds the gradients of A and B to the step's buffers."""
@@ -111,22 +114,28 @@ class Layer:
                                                                        layer.post_attention_layernorm)]  # fmt: skip
         self.groups = (self.qkv, self.out, self.gate_up, self.down)
 
-    def forward(self, x: Tensor, rows: Rows, seed: Tensor, last: bool) -> tuple[Tensor, list[Any]]:
-        """x (T, hidden) through the layer, and what the way back needs; after the `last` one only picked tokens."""
-        n1, r1 = _norm(x, *self.norms[0])
+    def forward(
+        self, x: Tensor, added: kernels.Added | None, rows: Rows, seed: Tensor, last: bool
+    ) -> tuple[Tensor, kernels.Added, list[Any]]:
+        """x (T, hidden), with what the layer before adds to it, through this one; after the `last` only picked tokens.
+
+        What this one adds comes apart, and what the way back needs.
+        """
+        x, n1, r1 = kernels.add_norm(x, added, *self.norms[0])
         h1, k1 = self.qkv.down(n1, seed)
-        q, k, v = self._turned(self.qkv.forward(n1, h1), rows)
+        qkv = self.qkv.wide(n1)
+        kernels.turn_(qkv, h1, self.qkv.b, self.qkv.outs, rows.turns)
+        q, k, v = (part.unflatten(1, (-1, self.head)) for part in qkv.split(self.qkv.outs, 1))
         whole, state = kernels.attend(q, k, v, rows.first)
         a, x2 = (t[rows.picked] if last else t for t in (whole.flatten(1), x))
         h2, k2 = self.out.down(a, seed)
-        middle = self.out.forward(a, h2, onto=x2)
-        n2, r2 = _norm(middle, *self.norms[1])
+        middle, n2, r2 = kernels.add_norm(x2, (self.out.wide(a), h2, self.out.across), *self.norms[1])
         h3, k3 = self.gate_up.down(n2, seed)
-        wide = n2 @ self.gate_up.weight.T
+        wide = self.gate_up.wide(n2)
         s = kernels.swiglu(wide, h3, self.gate_up.b)
         h4, k4 = self.down.down(s, seed)
         kept = [x, n1, r1, h1, k1, q, k, v, whole, state, a, h2, k2, middle, n2, r2, h3, k3, wide, h4, k4]
-        return self.down.forward(s, h4, onto=middle), kept
+        return middle, (self.down.wide(s), h4, self.down.across), kept
 
     def backward(self, dy: Tensor, kept: list[Any], rows: Rows, last: bool) -> Tensor:
         """dx, from dy (T, hidden), or of the `last` layer from that of the picked tokens."""
@@ -140,24 +149,9 @@ class Layer:
         da = self.out.back(dx, h2, a, k2)
         if last:
             da, dx = (t.new_zeros(len(x), t.shape[1]).index_add_(0, rows.picked, t) for t in (da, dx))
-        dqkv = kernels.attend_back(da, q, k, v, whole, state, rows.first, rows.last)
-        self._turned(dqkv, rows, sign=-1)
+        dqkv = kernels.attend_back(da, q, k, v, whole, state, rows.first, rows.last, rows.turns)
         dn1 = self.qkv.back(dqkv, h1, n1, k1)
         return kernels.norm_back(dn1, x, r1, self.norms[0][0], onto=dx)
-
-    def _turned(self, qkv: Tensor, rows: Rows, sign: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values by heads, views of qkv (T, out), in which the first two are turned in place."""
-        heads = qkv.unflatten(1, (-1, self.head))
-        counts = [out // self.head for out in self.qkv.outs]
-        kernels.rotate_(heads[:, : sum(counts[:2])], rows.turns[0], rows.turns[1], sign)
-        q, k, v = heads.split(counts, dim=1)
-        return q, k, v
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMSNorm and the reciprocal of the root mean square, which the way back needs."""
-    normed: tuple[Tensor, Tensor] = torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
-    return normed
 
 
 class Step:
@@ -170,7 +164,7 @@ class Step:
         angles = qwen.model.rotary_emb(torch.zeros(1, device=qwen.device), everywhere)
         self.turns = torch.stack([part[0].chunk(2, dim=-1)[0] for part in angles])
         self.layers = [Layer(layer, number) for number, layer in enumerate(qwen.model.layers)]
-        groups = [group for layer in self.layers for group in layer.groups]
+        groups = self.groups = [group for layer in self.layers for group in layer.groups]
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [names[id(parameter)] for parameter in self.parameters]
@@ -238,18 +232,33 @@ class Step:
     def _run(self, rows: Rows) -> None:
         """Forward and backward; the loss and the gradients are left in the step's buffers."""
         torch._foreach_copy_(self.values, self.parameters)
+        self._lend(len(rows.input_ids))
+        self._lay_across()
         x = self.embed(rows.input_ids)
-        memory = []
+        added, memory = None, []
         for layer in self.layers:
-            x, kept = layer.forward(x, rows, self.seed, last=layer is self.layers[-1])
+            x, added, kept = layer.forward(x, added, rows, self.seed, last=layer is self.layers[-1])
             memory.append(kept)
-        d = self._loss(x, rows)
+        d = self._loss(x, added, rows)
         for layer in reversed(self.layers):
             d = layer.backward(d, memory.pop(), rows, last=layer is self.layers[-1])
 
-    def _loss(self, x: Tensor, rows: Rows) -> Tensor:
-        """Cross-entropy on the picked tokens, x (L, hidden); returns dx."""
-        normed, rms = _norm(x, self.norm.weight, self.norm.variance_epsilon)
+    def _lend(self, tokens: int) -> None:
+        """The narrow middles of all groups and their gradients are sums: one buffer, zeroed at once."""
+        sizes = [2 * tokens * len(group.a) for group in self.groups]
+        zeros = torch.zeros(sum(sizes), dtype=torch.float32, device=self.device)
+        for group, part in zip(self.groups, zeros.split(sizes), strict=True):
+            group.lend(part.view(2, tokens, -1))
+
+    def _lay_across(self) -> None:
+        """B of the layers whose LoRA a norm adds, (R, hidden)."""
+        added = [group for layer in self.layers for group in (layer.out, layer.down)]
+        for group, across in zip(added, torch.stack([group.b for group in added]).mT.contiguous(), strict=True):
+            group.across = across
+
+    def _loss(self, x: Tensor, added: kernels.Added | None, rows: Rows) -> Tensor:
+        """Cross-entropy on the picked tokens, x (L, hidden) with what the last layer adds; returns dx."""
+        x, normed, rms = kernels.add_norm(x, added, self.norm.weight, self.norm.variance_epsilon)
         logits = self.head(normed)
         losses = kernels.cross_entropy_(logits, rows.targets, rows.items)
         self.loss.copy_(losses.sum())
