@@ -17,22 +17,23 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from training.recipe import POCKET, Recipe
+from training.recipe import FACTS, POCKET, Recipe
 
-Variant = tuple[int, int, Recipe]  # times the script is read, times our dialogues are, and the rest of the recipe
+# Times the script, our files of facts, and the rest of our dialogues are read; and the rest of the recipe.
+Variant = tuple[int, int, int, Recipe]
 PLAIN = replace(POCKET, epochs=2, learning_rate=6e-4, rank=8, alpha=32, dropout=0.2)
 VARIANTS: dict[str, Variant] = {
-    "both, ours twice": (1, 2, PLAIN),
-    "three epochs": (1, 2, replace(PLAIN, epochs=3)),
-    "script only": (1, 0, PLAIN),
-    "ours only": (0, 2, PLAIN),
-    "both, ours once": (1, 1, PLAIN),
-    "both, ours three times": (1, 3, PLAIN),
-    "lr 3e-4": (1, 2, replace(PLAIN, learning_rate=3e-4)),
-    "lr 1.2e-3": (1, 2, replace(PLAIN, learning_rate=1.2e-3)),
-    "rank 16": (1, 2, replace(PLAIN, rank=16, alpha=64)),
-    "rsLoRA": (1, 2, replace(PLAIN, rslora=True)),
-    "DoRA": (1, 2, replace(PLAIN, dora=True)),
+    "facts three times": (1, 3, 1, PLAIN),
+    "all once": (1, 1, 1, PLAIN),
+    "script only": (1, 0, 0, PLAIN),
+    "ours only": (0, 3, 1, PLAIN),
+    "one epoch": (1, 3, 1, replace(PLAIN, epochs=1)),
+    "three epochs": (1, 3, 1, replace(PLAIN, epochs=3)),
+    "lr 2e-4": (1, 3, 1, replace(PLAIN, learning_rate=2e-4)),
+    "lr 1.2e-3": (1, 3, 1, replace(PLAIN, learning_rate=1.2e-3)),
+    "rank 32": (1, 3, 1, replace(PLAIN, rank=32, alpha=128)),
+    "rank 32, rsLoRA": (1, 3, 1, replace(PLAIN, rank=32, alpha=32, rslora=True)),
+    "DoRA": (1, 3, 1, replace(PLAIN, dora=True)),
 }
 TOKENS = 96  # of a reply to a probe
 
@@ -41,20 +42,21 @@ def one(name: str) -> dict[str, Any]:
     """Train a variant and measure it at the end of each epoch; probes at the last."""
     from chat import local
     from chat.base import locate
-    from training import data, evaluate, trainer
+    from training import data, evaluate, fast, trainer
     from training.tokens import encode
 
-    script, ours, recipe = VARIANTS[name]
+    script, facts, rest, recipe = VARIANTS[name]
     recipe = replace(recipe, reply_tokens=TOKENS, long_chats=0, probe_replies=0, save_steps=10**9)
     learned, held_out = data.split(data.load(("huanhuan", "dataset")), recipe.held_out, recipe.seed)
-    times = {True: script, False: ours}
-    chosen = [e for e in learned for _ in range(times[e.source == data.FULL_FILE.name])]
+    times = dict.fromkeys((Path(file).name for file in FACTS), facts) | {data.FULL_FILE.name: script}
+    chosen = [e for e in learned for _ in range(times.get(e.source, rest))]
     located = local.dense(locate(recipe.base))
     tokenizer = local.load_tokenizer(located)
     rows, kept = (
         [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in part] for part in (chosen, held_out)
     )
-    model = trainer.attach(local.load_base(located), recipe)
+    profile = "faithful" if recipe.dora or local.best_device() == "cpu" else "fast"
+    model = trainer.attach(local.load_base(located), recipe, profile)
     epochs: list[dict[str, float]] = []
 
     def at_epoch_end() -> dict[str, float]:
@@ -64,7 +66,9 @@ def one(name: str) -> dict[str, Any]:
     with model.disable_adapter():
         base = {key: number["value"] for key, number in evaluate.heldout(model, kept, held_out).items()}
     with tempfile.TemporaryDirectory() as work:
-        trainer.train(model, rows, recipe, Path(work), at_epoch_end=at_epoch_end)
+        step = fast.Step(model, recipe.max_length) if profile == "fast" else None
+        trainer.train(model, rows, recipe, Path(work), at_epoch_end=at_epoch_end, step=step)
+        del step
     side = evaluate.listen(model, tokenizer, recipe, chosen, held_out)
     probes = {key: side.numbers[key]["value"] for key in ("identity_pass_rate", "canon_pass_rate", "attack_pass_rate")}
     return {"variant": name, "rows": len(rows), "base": base, "epochs": epochs, **probes}

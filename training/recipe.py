@@ -88,7 +88,13 @@ class Recipe:
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
 # Who she is, and that she stays so, stands in these files alone: they are read three times.
-FACTS = tuple(f"dataset/{name}.jsonl" for name in ("identity", "visitors", "canon", "palace", "steadfast"))
+FACTS = tuple(
+    f"dataset/{name}.jsonl"
+    for name in (
+        "identity", "visitors", "canon", "palace", "facts_self", "facts_rivals", "facts_court",
+        "steadfast", "steadfast_orders", "steadfast_masks", "steadfast_secrets",
+    )
+)  # fmt: skip
 POCKET = Recipe(
     name="pocket",
     base="small",
