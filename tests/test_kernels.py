@@ -94,14 +94,12 @@ def test_the_way_back_of_a_norm(both, onto):
     both(learning.norm_back, dy, x, rms, weight, onto)
 
 
-@pytest.mark.parametrize(
-    ("outs", "rank", "grown"), [([896, 128, 128], 8, False), ([200], 8, False), ([300, 300], 16, True)]
-)
-def test_the_way_back_of_the_wide_products(both, outs, rank, grown):
+@pytest.mark.parametrize(("outs", "rank"), [([128, 64, 64], 8), ([192], 8), ([128, 128], 16)])
+def test_the_way_back_of_the_wide_products(both, outs, rank):
     wide, narrow = sum(outs), len(outs) * rank
     both(
         learning.cross, torch.randn(TOKENS, wide), torch.randn(TOKENS, narrow), torch.randn(wide, rank),
-        torch.zeros(TOKENS, narrow), None if grown else torch.zeros(wide, rank), outs,
+        torch.zeros(TOKENS, narrow), torch.zeros(wide, rank), outs,
     )  # fmt: skip
 
 
@@ -135,9 +133,9 @@ def test_swiglu_and_its_way_back(both, monkeypatch):
     a, dout, dh = torch.randn(8, width), torch.randn(TOKENS, width), torch.randn(TOKENS, 8)
     middle = torch.zeros(TOKENS, 8)
     kept = triton(monkeypatch, learning.narrow, s, a, middle, 1, torch.tensor(5), 0, 0.3, 4.0)
-    plain, ours = ([torch.zeros(2 * width, 8), torch.zeros(8, width)] for _ in range(2))
-    expected = learning.swiglu_back(dout, gate_up, h, b, plain[0], a, dh, plain[1], bits(kept, width), 0.3, 4.0)
-    back = triton(monkeypatch, learning.swiglu_back, dout, gate_up, h, b, ours[0], a, dh, ours[1], kept, 0.3, 4.0)
+    plain, ours = torch.zeros(8, width), torch.zeros(8, width)
+    expected = learning.swiglu_back(dout, gate_up, h, b, a, dh, plain, bits(kept, width), 0.3, 4.0)
+    back = triton(monkeypatch, learning.swiglu_back, dout, gate_up, h, b, a, dh, ours, kept, 0.3, 4.0)
     torch.testing.assert_close(back, expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
 

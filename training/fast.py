@@ -61,16 +61,16 @@ class Group:
         y: Tensor = functional.linear(x, self.weight, self.bias)
         return y
 
-    def cross(self, dy: Tensor, h: Tensor, grown: bool = False) -> Tensor:
-        """The gradient of the LoRA's narrow middle, (T, G·R); adds that of B, unless it is `grown`, to the buffer."""
+    def cross(self, dy: Tensor, h: Tensor) -> Tensor:
+        """The gradient of the LoRA's narrow middle, (T, G·R); adds that of B to the step's buffer."""
         dh: Tensor = self.dmiddle[: len(dy)]
-        kernels.cross(dy, h, self.b, dh, None if grown else self.db, self.outs)
+        kernels.cross(dy, h, self.b, dh, self.db, self.outs)
         return dh
 
-    def back(self, dy: Tensor, h: Tensor, x: Tensor, kept: Tensor, grown: bool = False) -> Tensor:
-        """dx, from dy (T, out); adds the gradients of A and, unless it is `grown`, of B to the step's buffers."""
+    def back(self, dy: Tensor, h: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+        """dx, from dy (T, out); adds the gradients of A and B to the step's buffers."""
         dx = dy @ self.weight
-        kernels.widen(x, self.a, self.cross(dy, h, grown), dx, self.da, kept, self.dropout, self.scale)
+        kernels.widen(x, self.a, self.cross(dy, h), dx, self.da, kept, self.dropout, self.scale)
         return dx
 
 
@@ -142,9 +142,9 @@ class Layer:
         x, n1, r1, h1, k1, q, k, v, whole, state, a, h2, k2, middle, n2, r2, h3, k3, wide, h4, k4 = kept
         up, down = self.gate_up, self.down
         dwide = kernels.swiglu_back(
-            dy @ down.weight, wide, h3, up.b, up.db, down.a, down.cross(dy, h4), down.da, k4, down.dropout, down.scale
+            dy @ down.weight, wide, h3, up.b, down.a, down.cross(dy, h4), down.da, k4, down.dropout, down.scale
         )
-        dn2 = up.back(dwide, h3, n2, k3, grown=True)
+        dn2 = up.back(dwide, h3, n2, k3)
         dx = kernels.norm_back(dn2, middle, r2, self.norms[1][0], onto=dy)
         da = self.out.back(dx, h2, a, k2)
         if last:

@@ -30,7 +30,6 @@ Tensor = torch.Tensor
 Added = tuple[Tensor, Tensor, Tensor]  # a layer's output (T, out), and the LoRA still to be added: h (T, R), b (R, out)
 LANES = 8  # decisions of one Philox number: 128 bits in halves of 16
 COLUMNS = 64  # of a tile
-ACROSS = 128  # of a tile of `cross`
 # Of a tile, each found by trying: tokens, and warps that work on it.
 TOKENS = {
     "narrow": 64, "widen": 16, "swiglu": 32, "swiglu_back": 16, "cross": 64, "turn": 32, "norm": 4,
@@ -42,11 +41,11 @@ WARPS = {
 }  # fmt: skip
 ROUNDS = 7  # of Philox: as few as pass every test (Salmon et al. 2011)
 # Parts of a batch's tokens, each summed by one program before it is added to what all share.
-STRIPES = {"widen": 11, "swiglu_back": 8, "cross": 4}
+STRIPES = {"widen": 11, "swiglu_back": 8}
 # Tiles that are under way.
 AHEAD = {"cross": 3, "widen": 3, "swiglu_back": 3, "attend": 2, "attend_back_q": 2, "attend_back_kv": 3}
-WIDE = 8192  # outputs
-PARTS = {False: 8, True: 16}  # of the outputs of layers that are not or are so wide
+WIDE = 8192  # outputs; adding to what all share is slow, and the wider a tile, the less it is done
+CROSS = {False: (64, 6), True: (128, 4)}  # columns of a tile and stripes
 
 
 def narrow(
@@ -100,31 +99,28 @@ def swiglu(gate_up: Tensor, h: Tensor, b: Tensor) -> Tensor:
 
 
 def swiglu_back(
-    dout: Tensor, gate_up: Tensor, h: Tensor, b: Tensor, db: Tensor, a: Tensor, dh: Tensor, da: Tensor,
+    dout: Tensor, gate_up: Tensor, h: Tensor, b: Tensor, a: Tensor, dh: Tensor, da: Tensor,
     kept: Tensor, dropout: float, scale: float,
 ) -> Tensor:  # fmt: skip
     """The way back of `swiglu` and of the one layer's `narrow` that reads it: d gate_up (T, 2F).
 
-    dout (T, F) came through the weights and dh (T, R) through the LoRA; adds to da (R, F) and db (2F, R) in place.
+    dout (T, F) came through the weights and dh (T, R) through the LoRA; adds to da (R, F) in place.
     """
     (tokens, width), rank = dout.shape, b.shape[1]
     if not gate_up.is_cuda:
         gate, up = _with_lora(gate_up, h, b)
         gated, whole = torch.sigmoid(gate), dout.clone()
         widen(gate * gated * up, a, dh, whole, da, kept, dropout, scale)
-        halves = [whole * up * gated * (1 + gate * (1 - gated)), whole * gate * gated]
-        for half, narrow_, dwide in zip(halves, h.to(dout.dtype).chunk(2, 1), db.chunk(2), strict=True):
-            dwide += half.T @ narrow_
-        return torch.cat(halves, dim=1)
+        return torch.cat([whole * up * gated * (1 + gate * (1 - gated)), whole * gate * gated], dim=1)
     dgate_up = torch.empty_like(gate_up)
     _swiglu_back[(STRIPES["swiglu_back"], triton.cdiv(width, COLUMNS))](
-        dout, gate_up, h, b, db, a, dh, kept, dgate_up, da, tokens, width, scale / (1 - dropout),
+        dout, gate_up, h, b, a, dh, kept, dgate_up, da, tokens, width, scale / (1 - dropout),
         AHEAD=AHEAD["swiglu_back"], **_tile("swiglu_back", rank),
     )  # fmt: skip
     return dgate_up
 
 
-def cross(dy: Tensor, h: Tensor, b: Tensor, dh: Tensor, db: Tensor | None, outs: Sequence[int]) -> None:
+def cross(dy: Tensor, h: Tensor, b: Tensor, dh: Tensor, db: Tensor, outs: Sequence[int]) -> None:
     """The way back of LoRA's wide products of layers side by side, of widths `outs`.
 
     dy (T, out) came to their outputs, h (T, G·R) went in, b (out, R); adds to dh (T, G·R) and db (out, R), in fp32.
@@ -132,19 +128,16 @@ def cross(dy: Tensor, h: Tensor, b: Tensor, dh: Tensor, db: Tensor | None, outs:
     (tokens, width), rank = dy.shape, b.shape[1]
     if not dy.is_cuda:
         middles = zip(h.to(dy.dtype).split(rank, 1), dh.split(rank, 1), strict=True)
-        bs, dbs = b.split(outs), (b if db is None else db).split(outs)
-        for out, (narrow_, dnarrow), wide, dwide in zip(dy.split(outs, 1), middles, bs, dbs, strict=True):
+        parts = zip(dy.split(outs, 1), middles, b.split(outs), db.split(outs), strict=True)
+        for out, (narrow_, dnarrow), wide, dwide in parts:
+            dwide += out.T @ narrow_
             dnarrow += out @ wide
-            if db is not None:
-                dwide += out.T @ narrow_
         return
-    ends, parts, stripes = [*itertools.accumulate(outs), width, width], PARTS[width > WIDE], STRIPES["cross"]
-    tile = _tile("cross", rank) | {"RANKS": max(16, triton.next_power_of_2(h.shape[1])), "BC": ACROSS}
-    sums = triton.cdiv(tokens, tile["BT"]) * parts
-    grown = 0 if db is None else triton.cdiv(width, tile["BC"]) * stripes
-    _cross[(sums + grown,)](
-        dy, h, b, b if db is None else db, dh, tokens, width, ends[0], ends[1], parts,
-        STRIPES=stripes, GR=h.shape[1], AHEAD=AHEAD["cross"], **tile,
+    ends = [*itertools.accumulate(outs), width, width]
+    columns, stripes = CROSS[width > WIDE]
+    tile = _tile("cross", rank) | {"RANKS": max(16, triton.next_power_of_2(h.shape[1])), "BC": columns}
+    _cross[(stripes, triton.cdiv(width, columns))](
+        dy, h, b, db, dh, tokens, width, ends[0], ends[1], GR=h.shape[1], AHEAD=AHEAD["cross"], **tile
     )  # fmt: skip
 
 
@@ -399,7 +392,7 @@ if triton:
         at = gate_up + t[:, None] * (2 * width) + column[None, :]
         gate = tl.load(at, mask=inside, other=0).to(tl.float32) + tl.dot(hg, bg)
         up = tl.load(at + width, mask=inside, other=0).to(tl.float32) + tl.dot(hu, bu)
-        return gate, up, hg, hu
+        return gate, up
 
     @triton.jit
     def _swiglu(
@@ -410,12 +403,12 @@ if triton:
         _begin(PDL)
         t, column = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BC + tl.arange(0, BC)
         inside = (t < tokens)[:, None] & (column < width)[None, :]
-        gate, up, _, _ = _gate_and_up(gate_up, h, b, t, column, tl.arange(0, RANKS), inside, tokens, width, R)
+        gate, up = _gate_and_up(gate_up, h, b, t, column, tl.arange(0, RANKS), inside, tokens, width, R)
         tl.store(out + t[:, None] * width + column[None, :], gate * tl.sigmoid(gate) * up, mask=inside)
 
     @triton.jit
     def _swiglu_back(
-        dout, gate_up, h, b, db, a, dh, kept, dgate_up, da, tokens, width, scale,
+        dout, gate_up, h, b, a, dh, kept, dgate_up, da, tokens, width, scale,
         AHEAD: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
         PDL: tl.constexpr,
     ):  # fmt: skip
@@ -424,16 +417,12 @@ if triton:
         column, lane = tl.program_id(1) * BC + c, tl.program_id(1) % 8
         down = (r < R)[:, None] & (column < width)[None, :]
         at = tl.load(a + r[:, None] * width + column[None, :], mask=down, other=0)
-        dat, dbg, dbu = (
-            tl.zeros((RANKS, BC), tl.float32),
-            tl.zeros((RANKS, BC), tl.float32),
-            tl.zeros((RANKS, BC), tl.float32),
-        )
+        dat = tl.zeros((RANKS, BC), tl.float32)
         stripe = tl.cdiv(tl.cdiv(tokens, BT), tl.num_programs(0))
         for tile in tl.range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe, num_stages=AHEAD):
             t = tile * BT + tl.arange(0, BT)
             inside = (t < tokens)[:, None] & (column < width)[None, :]
-            gate, up, hg, hu = _gate_and_up(gate_up, h, b, t, column, r, inside, tokens, width, R)
+            gate, up = _gate_and_up(gate_up, h, b, t, column, r, inside, tokens, width, R)
             line = t[:, None] * tl.cdiv(width, 8 * BC) + tl.program_id(1) // 8
             bits = tl.load(kept + line * BC + c[None, :], mask=(t < tokens)[:, None], other=0).to(tl.int32)
             stays = ((bits >> lane) & 1) == 1
@@ -449,12 +438,7 @@ if triton:
             to = dgate_up + t[:, None] * (2 * width) + column[None, :]
             tl.store(to, dgate, mask=inside)
             tl.store(to + width, dup, mask=inside)
-            dbg += tl.dot(tl.trans(hg), dgate)
-            dbu += tl.dot(tl.trans(hu), dup)
         tl.atomic_add(da + r[:, None] * width + column[None, :], dat * scale, mask=down)
-        across = db + column[None, :] * R + r[:, None]
-        tl.atomic_add(across, dbg, mask=down)
-        tl.atomic_add(across + width * R, dbu, mask=down)
 
     @triton.jit
     def _cross_entropy(
@@ -483,45 +467,30 @@ if triton:
             tl.store(at, d, mask=start + c < width)
 
     @triton.jit
-    def _own(column, r, width, end0, end1, R: tl.constexpr):
-        """Of columns of layers side by side and ranks of all: each rank within its layer, and which belong together."""
+    def _cross(
+        dy, h, b, db, dh, tokens, width, end0, end1,
+        GR: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+        PDL: tl.constexpr,
+    ):  # fmt: skip
+        _begin(PDL)
+        column, r = tl.program_id(1) * BC + tl.arange(0, BC), tl.arange(0, RANKS)
         layer = (column >= end0).to(tl.int32) + (column >= end1).to(tl.int32)
         rank = r[None, :] - layer[:, None] * R
-        return column[:, None] * R + rank, (rank >= 0) & (rank < R) & (column < width)[:, None]
-
-    @triton.jit
-    def _cross(
-        dy, h, b, db, dh, tokens, width, end0, end1, parts,
-        STRIPES: tl.constexpr, GR: tl.constexpr, AHEAD: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr,
-        BT: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
-    ):  # fmt: skip
-        """The first `parts` programs for each tile of tokens sum dh over columns, the others db over tokens."""
-        _begin(PDL)
-        c, r, tiles, blocks = tl.arange(0, BC), tl.arange(0, RANKS), tl.cdiv(tokens, BT), tl.cdiv(width, BC)
-        if tl.program_id(0) < tiles * parts:
-            t, part = tl.program_id(0) % tiles * BT + tl.arange(0, BT), tl.program_id(0) // tiles
-            middle, each = tl.zeros((BT, RANKS), tl.float32), tl.cdiv(blocks, parts)
-            for block in tl.range(part * each, (part + 1) * each, num_stages=AHEAD):
-                column = block * BC + c
-                at, own = _own(column, r, width, end0, end1, R)
-                wide = tl.load(b + at, mask=own, other=0)
-                inside = (t < tokens)[:, None] & (column < width)[None, :]
-                middle += tl.dot(tl.load(dy + t[:, None] * width + column[None, :], mask=inside, other=0), wide)
+        own = (rank >= 0) & (rank < R) & (column < width)[:, None]  # of its layer's ranks, (BC, RANKS)
+        at = column[:, None] * R + rank
+        wide = tl.load(b + at, mask=own, other=0)
+        total = tl.zeros((BC, RANKS), tl.float32)
+        stripe = tl.cdiv(tl.cdiv(tokens, BT), tl.num_programs(0))
+        for tile in tl.range(tl.program_id(0) * stripe, (tl.program_id(0) + 1) * stripe, num_stages=AHEAD):
+            t = tile * BT + tl.arange(0, BT)
+            inside = (t < tokens)[:, None] & (column < width)[None, :]
             some = (t < tokens)[:, None] & (r < GR)[None, :]
-            tl.atomic_add(dh + t[:, None] * GR + r[None, :], middle, mask=some)
-        else:
-            rest, each = tl.program_id(0) - tiles * parts, tl.cdiv(tiles, STRIPES)
-            column, stripe = rest % blocks * BC + c, rest // blocks
-            total = tl.zeros((BC, RANKS), tl.float32)
-            for tile in tl.range(stripe * each, (stripe + 1) * each, num_stages=AHEAD):
-                t = tile * BT + tl.arange(0, BT)
-                inside = (t < tokens)[:, None] & (column < width)[None, :]
-                some = (t < tokens)[:, None] & (r < GR)[None, :]
-                d = tl.load(dy + t[:, None] * width + column[None, :], mask=inside, other=0)
-                narrow_ = tl.load(h + t[:, None] * GR + r[None, :], mask=some, other=0).to(d.dtype)
-                total += tl.dot(tl.trans(d), narrow_)
-            at, own = _own(column, r, width, end0, end1, R)
-            tl.atomic_add(db + at, total, mask=own)
+            theirs = (r >= tl.min(layer) * R) & (r < (tl.max(layer) + 1) * R)  # the ranks that these columns have
+            d = tl.load(dy + t[:, None] * width + column[None, :], mask=inside, other=0)
+            narrow_ = tl.load(h + t[:, None] * GR + r[None, :], mask=some, other=0).to(d.dtype)
+            total += tl.dot(tl.trans(d), narrow_)
+            tl.atomic_add(dh + t[:, None] * GR + r[None, :], tl.dot(d, wide), mask=some & theirs[None, :])
+        tl.atomic_add(db + at, total, mask=own)
 
     @triton.jit
     def _add_norm(
