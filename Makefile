@@ -46,7 +46,7 @@ $(VENV)/serve.stamp: requirements.txt constraints.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
-$(VENV)/develop.stamp: $(VENV)/serve.stamp training/requirements.txt tests/requirements.txt
+$(VENV)/develop.stamp: $(VENV)/serve.stamp training/requirements.txt requirements-bits.txt tests/requirements.txt
 	$(PIP) -r tests/requirements.txt
 	touch $@
 

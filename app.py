@@ -1,6 +1,6 @@
 """The page: a Gradio chat around any ChatEngine. It knows layout, nothing about models.
 
-python app.py [--base small|7b|FOLDER] [--host 0.0.0.0] [--port 7860] [--share] [--mcp]
+python app.py [--base small|7b|FOLDER] [--bits 16|8|4] [--host 0.0.0.0] [--port 7860] [--share] [--mcp]
 """
 
 import argparse
@@ -30,6 +30,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from chat import load
+from chat.base import MEMORY_7B
 from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_NEW_TOKENS, Awaited, ChatEngine, Sampling
 from chat.persona import NAME, PASSER_BY, SCENES
 from page import compare, metrics, reply, transcript
@@ -214,6 +215,7 @@ def main() -> None:
     """Load the engine of this machine and open the page."""
     parser = argparse.ArgumentParser(description="Open the page of Chat-甄嬛.")
     parser.add_argument("--base", help="small, 7b, or a folder; by default what fits this machine")
+    parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="also open a public link")
@@ -222,7 +224,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        engine = load(picked.base)
+        engine = load(picked.base, picked.bits)
         page = build_page(engine)
         if place := os.environ.get(metrics.SETTING):
             metrics.serve(place)

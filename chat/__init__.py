@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def load(base: str | None = None) -> "ChatEngine":
+def load(base: str | None = None, bits: int = 16) -> "ChatEngine":
     """The engine that ENGINE_URL names, else the one of this machine. Raises what `connect` or `load` raises there."""
     if os.environ.get("ENGINE_URL"):
         from chat.remote import connect
@@ -20,4 +20,4 @@ def load(base: str | None = None) -> "ChatEngine":
         return connect()
     from chat import local  # here, so that --help and the page's tests need no torch
 
-    return local.load(base)
+    return local.load(base, bits)

@@ -1,4 +1,4 @@
-"""Talk with 甄嬛 in the terminal: `python -m chat [--base small|7b|FOLDER] [--adapter NAME]`."""
+"""Talk with 甄嬛 in the terminal: `python -m chat [--base small|7b|FOLDER] [--bits 16|8|4] [--adapter NAME]`."""
 
 import argparse
 import logging
@@ -6,6 +6,7 @@ import sys
 import threading
 
 from chat import load
+from chat.base import MEMORY_7B
 from chat.engine import Awaited, Busy, ChatEngine, Sampling
 from chat.fetch import Unavailable
 from chat.persona import GREETING, NAME, Message
@@ -15,12 +16,13 @@ def main() -> None:
     """Load the base and its adapters, then answer line by line until an empty line or Ctrl-D."""
     parser = argparse.ArgumentParser(prog="python -m chat", description=f"Talk with {NAME}.")
     parser.add_argument("--base", help="small, 7b, or a folder; by default what fits this machine")
+    parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
     parser.add_argument("--adapter", help="an adapter's name, or base for none")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        engine = load(chosen.base)
+        engine = load(chosen.base, chosen.bits)
         engine = engine.wait() if isinstance(engine, Awaited) else engine
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))

@@ -89,6 +89,8 @@ def _add_norm(x: Tensor, y: Tensor | None, lora: Lora | None, who: Tensor, slots
 def _require_plain(config: Any) -> None:
     """Raise RuntimeError for what would be computed wrongly here."""
     plain = config.model_type == "qwen2" and config.hidden_act == "silu" and set(config.layer_types) == {FULL}
+    if getattr(config, "quantization_config", None):
+        raise RuntimeError("the decoder multiplies weights of 16 bits, and this base has fewer")
     if not plain or config.rope_parameters["rope_type"] != "default":
         raise RuntimeError(f"the decoder knows Qwen2 with full attention, not this {config.model_type}")
 

@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from filelock import FileLock
 from tokenizers.decoders import DecodeStream
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, StoppingCriteria
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    GgufConfig,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from chat import base as bases
 from chat import cpu
 from chat.adapter import WEIGHTS, Adapter, find
-from chat.base import Located, dense_folder
+from chat.base import MEMORY_7B, Located, dense_folder
 from chat.batch import Batch, Request
 from chat.decoder import DECODE, Decoder
 from chat.engine import BASE_ONLY, MAX_NEW_TOKENS, Awaited, ChatEngine, Cost, Piece, Sampling
@@ -40,16 +47,15 @@ log = logging.getLogger(__name__)
 PROMPT_TOKENS = 2048  # longest prompt; a CPU reads it in some seconds, and the training rows are far shorter
 PLACES = 32  # conversations at once on a GPU; each keeps 150 MB of the 7B's cache
 REPLY_SECONDS = 120.0  # a reply ends here even when nobody listens
-MEMORY_7B = 20_000_000_000  # bytes of GPU memory: 15.2 GB of weights, the cache, some air
 ZERO_GPU = "SPACES_ZERO_GPU"  # set on a Space with ZeroGPU
 END, PAD = "<|im_end|>", "<|endoftext|>"
 
 
-def best_base() -> str:
-    """The 7B where a GPU (ZeroGPU included) has room for it, else the small base."""
+def best_base(bits: int = 16) -> str:
+    """The 7B where a GPU (ZeroGPU included) has room for it in so many bits, else the small base."""
     if os.environ.get(ZERO_GPU):
         return "7b"
-    room = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= MEMORY_7B
+    room = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= MEMORY_7B[bits]
     return "7b" if room else "small"
 
 
@@ -113,44 +119,86 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_base(located: Located, device: str | None = None) -> "PreTrainedModel":
-    """The base, on the best device unless told: bf16 where there is a GPU, else fp32; a CPU gains little from bf16."""
+def require_bits(bits: int) -> None:
+    """Raise ValueError where a base cannot have weights of so many bits, with what to do."""
+    if bits not in MEMORY_7B:
+        raise ValueError(f"No base has weights of {bits} bits. Choose --bits from {', '.join(map(str, MEMORY_7B))}.")
+    if bits != 16 and os.environ.get(ZERO_GPU):
+        raise ValueError("bitsandbytes reads a base onto the GPU, which ZeroGPU lends only later. Leave --bits out.")
+    if bits != 16 and not find_spec("bitsandbytes"):
+        raise ValueError(
+            f"{bits} bits need bitsandbytes, which is not here. Install it, `.venv/bin/pip install -c constraints.txt "
+            "-r requirements-bits.txt`, or leave --bits out."
+        )
+
+
+def load_base(located: Located, device: str | None = None, bits: int = 16) -> "PreTrainedModel":
+    """The base, on the best device unless told: bf16 where there is a GPU, else fp32; a CPU gains little from bf16.
+
+    In fewer bits than 16 it always takes the best device. Raises as `require_bits` does.
+    """
+    require_bits(bits)
     # cuDNN's attention gave NaN gradients and is chosen by default for packed rows on an H100.
     torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = torch.bfloat16 if best_device() == "cuda" else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype)
-    model.to(device or best_device())
+    less = None if bits == 16 else _quantised(bits, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(located.path, dtype=dtype, quantization_config=less)
+    if less:
+        _keep_unpacked(model)
+    else:
+        model.to(device or best_device())
     model.config._name_or_path = model.name_or_path = located.base.name  # PEFT writes it into adapter_config.json
     model.generation_config = GenerationConfig()  # generation_config() below says everything
     loaded: PreTrainedModel = model.eval()
     return loaded
 
 
-def load(choice: str | None = None) -> Awaited:
+def _quantised(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """The linear layers in 4 bits (NF4, its scales quantised too) or 8 (LLM.int8), computed in `dtype`."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast at each product of 8 bits
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _keep_unpacked(model: Any) -> None:
+    """Keep a CPU with AVX512-BF16 from packing the 4 bits anew when it first answers: no gradient would pass then."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load(choice: str | None = None, bits: int = 16) -> Awaited:
     """The engine of this machine, with every adapter that fits its base; its weights are read in the background.
 
     The base's files are fetched and the adapters' checked before this returns. Raises Unavailable or ValueError.
     """
-    located = dense(bases.locate(choice or best_base()))
+    require_bits(bits)
+    located = dense(bases.locate(choice or best_base(bits)))
+    most = places() if bits == 16 else 1  # the decoder multiplies weights of 16
     adapters, refused = find(located)
     for sentence in refused:
         log.warning(sentence)
 
     def make() -> ChatEngine:
-        engine = LocalEngine(located, adapters)
+        engine = LocalEngine(located, adapters, bits)
         engine.refused += refused
-        if places() > 1:
-            engine.quicken(places())
+        if most > 1:
+            engine.quicken(most)
         return engine
 
-    awaited = Awaited(_served_by(located), [adapter.name for adapter in adapters], make, places())
+    awaited = Awaited(_served_by(located, bits), [adapter.name for adapter in adapters], make, most)
     if os.environ.get(ZERO_GPU):
         awaited.wait()  # its workers are forked, and what they share must be in memory before
     return awaited
 
 
-def _served_by(located: Located) -> str:
-    return f"{located.base.name} ({located.source})"
+def _served_by(located: Located, bits: int) -> str:
+    return f"{located.base.name} ({located.source}{'' if bits == 16 else f', {bits} bits'})"
 
 
 class LocalEngine:
@@ -158,14 +206,14 @@ class LocalEngine:
 
     ready = True
 
-    def __init__(self, located: Located, adapters: Sequence[Adapter] = ()) -> None:
+    def __init__(self, located: Located, adapters: Sequence[Adapter] = (), bits: int = 16) -> None:
         located = dense(located)
-        self.base = _served_by(located)
+        self.base = _served_by(located, bits)
         self.tokenizer = load_tokenizer(located)
         # On ZeroGPU nothing can run on the GPU before a visitor asks: there adapters are tried on the CPU.
         on_zero_gpu = bool(os.environ.get(ZERO_GPU))
-        packs = not on_zero_gpu and best_device() == "cpu" and cpu.fits(located)
-        base: Any = cpu.Packed(located.path) if packs else load_base(located, "cpu" if on_zero_gpu else None)
+        packs = bits == 16 and not on_zero_gpu and best_device() == "cpu" and cpu.fits(located)
+        base: Any = cpu.Packed(located.path) if packs else load_base(located, "cpu" if on_zero_gpu else None, bits)
         self.model = base  # a PeftModel once an adapter is admitted, unless packed
         self.refused: list[str] = []
         self._served: list[str] = []

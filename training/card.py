@@ -35,8 +35,8 @@ TITLES = {
 BASE = "_base"
 LEDGER = ("identity_pass_rate", "canon_pass_rate", "attack_pass_rate", "long_chat_pass_rate")
 SHOWN_FIELDS = (
-    "dataset", "max_length", "terminator", "held_out", "rank", "alpha", "rslora", "dora", "dropout", "layers", "epochs",
-    "batch_size", "accumulation", "learning_rate", "schedule", "warmup", "seed",
+    "bits", "dataset", "max_length", "terminator", "held_out", "rank", "alpha", "rslora", "dora", "dropout", "layers",
+    "epochs", "batch_size", "accumulation", "learning_rate", "schedule", "warmup", "seed",
 )  # fmt: skip
 DIFFERENCES = """
 The tutorial ran transformers 4.44, which drops the last, smaller step of each epoch (699 steps; here {steps} over the

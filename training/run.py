@@ -93,7 +93,7 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     tokenizer = local.load_tokenizer(located)
     rows, held_out_rows = (_encode(tokenizer, part, recipe) for part in (examples, held_out))
     _show(tokenizer, examples, rows)
-    model = trainer.attach(local.load_base(located), recipe, profile)
+    model = trainer.attach(local.load_base(located, bits=recipe.bits), recipe, profile)
     log.info("%s trainable parameters on %s, served by %s",
              f"{trainer.trained_parameters(model):,}", located.base.name, located.source)  # fmt: skip
     log.info(proof.check_isolation(model, rows[:4]))
@@ -140,16 +140,18 @@ def _profile(job: Run) -> str:
     """faithful or fast. Raises ValueError where fast was asked for and cannot be had, or a step cannot be shared."""
     import torch
 
-    plain = set(job.recipe.layers) == set(LAYERS) and not job.recipe.dora and not ranks.stock_only()
+    recipe = job.recipe
+    plain = set(recipe.layers) == set(LAYERS) and not recipe.dora and recipe.bits == 16 and not ranks.stock_only()
     if job.profile == "fast" and not plain:
         raise ValueError(
-            "The fast profile adapts all seven layers, without DoRA, FSDP or DeepSpeed. Leave --profile out."
+            "The fast profile adapts all seven layers of a base in 16 bits, without DoRA, FSDP or DeepSpeed. "
+            "Leave --profile out."
         )
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)  # for FlashAttention
     auto = "fast" if plain and ampere and find_spec("triton") else "faithful"
     profile = auto if job.profile == "auto" else job.profile
     if profile == "faithful":
-        ranks.accumulation(job.recipe)
+        ranks.accumulation(recipe)
     return profile
 
 
@@ -165,11 +167,12 @@ def _prepare(job: Run, output: Path, work: Path) -> None:
     check_name(output.name)
     if job.recipe.dora:
         raise ValueError("The chat serves plain LoRA only. Leave --dora out; `benchmarks/ablation.py` measures it.")
+    _require_bits(job.recipe.bits)
     noted = work / RECIPE
     if job.resume:
         if not noted.exists():
             raise ValueError(f"{work} holds no run to resume. Start without --resume.")
-        then = json.loads(noted.read_text(encoding="utf-8"))
+        then = _recorded(noted)
         changed = [name for name, value in _as_json(job.recipe).items() if then.get(name) != value]
         if changed:
             raise ValueError(f"{work} was started with another {', '.join(changed)}. Give the same values to resume.")
@@ -183,6 +186,18 @@ def _prepare(job: Run, output: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if ranks.writes(job.save_on_each_node):
         noted.write_text(json.dumps(_as_json(job.recipe), ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _require_bits(bits: int) -> None:
+    """Raise ValueError for bits that cannot be had here, or not in pieces."""
+    from chat import local
+
+    local.require_bits(bits)
+    if bits != 16 and ranks.stock_only():
+        raise ValueError(
+            f"FSDP and DeepSpeed take a base in 16 bits, not {bits}. Launch with --multi_gpu, which gives each GPU a "
+            "whole base, or leave --bits out."
+        )
 
 
 def _require_permission(job: Run, work: Path, api: Any) -> None:
@@ -221,6 +236,11 @@ def _hf_api() -> Any:
 def _as_json(recipe: Recipe) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
     return plain
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """A recipe as it was written down; there were 16 bits before there was a choice."""
+    return {"bits": 16, **json.loads(path.read_text(encoding="utf-8"))}
 
 
 def _locate(base: str) -> Any:
@@ -311,8 +331,8 @@ def reopen(folder: Path, base: str | None) -> tuple[Any, Any, Recipe, list[Any],
     from chat import local
     from training import data
 
-    recorded: dict[str, Any] = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-    recipe = Recipe(**{name: cast("Any", tuple(v) if isinstance(v, list) else v) for name, v in recorded.items()})
+    recorded = _recorded(folder / RECIPE).items()
+    recipe = Recipe(**{name: cast("Any", tuple(v) if isinstance(v, list) else v) for name, v in recorded})
     located = local.dense(_locate(base or recipe.base))
     adapter = Adapter.open(folder, located)
     if "run" not in adapter.metrics:
@@ -323,7 +343,7 @@ def reopen(folder: Path, base: str | None) -> tuple[Any, Any, Recipe, list[Any],
         log.warning("%s was trained on other data than stand here now. Its numbers on held-out rows stay as they are; "
                     "train it again for new ones.", folder)  # fmt: skip
         held_out = []
-    model = PeftModel.from_pretrained(local.load_base(located), adapter.folder)
+    model = PeftModel.from_pretrained(local.load_base(located, bits=recipe.bits), adapter.folder)
     return model, tokenizer, recipe, learned, held_out
 
 

@@ -43,7 +43,11 @@ class Interrupted(RuntimeError):
 
 
 def attach(model: PreTrainedModel, recipe: Recipe, profile: str = "faithful") -> PeftModel:
-    """The base with a fresh LoRA on it, in fp32 on a bf16 base; only the LoRA learns."""
+    """The base with a fresh LoRA on it, in fp32 on a bf16 base; only the LoRA learns.
+
+    PEFT's `prepare_model_for_kbit_training` is left out: all it would add is norms, embedding and head in fp32, 2.2 GB
+    more for the 7B, and not what is served.
+    """
     set_seed(recipe.seed)
     lora = LoraConfig(
         task_type="CAUSAL_LM",

@@ -1,0 +1,225 @@
+"""A base in 4 or 8 bits, by bitsandbytes itself on the CPU: what is loaded, trained, served and refused."""
+
+import json
+import shutil
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from bitsandbytes import nn as bnb
+from bitsandbytes.functional import dequantize_4bit
+
+import app
+from chat import __main__ as terminal
+from chat import local
+from chat.adapter import METRICS, RECIPE, Adapter
+from chat.decoder import Decoder
+from chat.engine import BASE_ONLY, Sampling
+from chat.local import LocalEngine, load_base
+from tests.conftest import TAUGHT
+from training import trainer
+from training.recipe import TINY
+from training.run import Run, _prepare, reopen, run
+from training.tokens import Encoded
+from training.trainer import flatten
+
+ASK = [{"role": "user", "content": "你是谁？"}]
+GREEDY = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=20)
+LINEAR = {4: bnb.Linear4bit, 8: bnb.Linear8bitLt}
+ROWS = [Encoded([*range(1, 20)], [*range(1, 20)])]
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_base, tmp_path_factory):
+    """The tiny adapter, trained on the tiny base in 4 bits."""
+    folder = tmp_path_factory.mktemp("bits")
+    recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), bits=4, held_out=0, probe_replies=0,
+                     long_chats=0, logging_steps=1)  # fmt: skip
+    with mock.patch.object(trainer, "attach", side_effect=trainer.attach) as attach:
+        adapter = run(Run(recipe=recipe, output=folder / "her", work=folder / "work"))
+    assert in_4_bits(attach.call_args.args[0])
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def engine(located, learned):
+    return LocalEngine(located, [learned], 4)
+
+
+def say(engine, adapter):
+    pieces = list(engine.stream(ASK, adapter, GREEDY, threading.Event()))
+    return [piece.text for piece in pieces]
+
+
+def in_4_bits(model):
+    return any(isinstance(module, bnb.Linear4bit) for module in model.modules())
+
+
+def gradients(model):
+    """Of a pass of the LoRA, with B drawn so that A has one too."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.02)
+    model.train()
+    model(**flatten(ROWS), use_cache=False).loss.backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_linear_layers_have_so_many_bits_and_nothing_else_has(located, bits):
+    whole, less = load_base(located), load_base(located, bits=bits)
+    kinds = {name: type(module) for name, module in less.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds.pop("lm_head") is torch.nn.Linear and set(kinds.values()) == {LINEAR[bits]} and len(kinds) == 14
+    for name in kinds:
+        weight, before = less.get_submodule(name).weight, whole.get_submodule(name).weight
+        assert weight.nbytes == before.numel() * bits / 8
+        if bits == 4:
+            assert (weight.quant_type, weight.quant_state.nested) == ("nf4", True)
+            error = (dequantize_4bit(weight.data, weight.quant_state) - before).norm() / before.norm()
+            assert 0.01 < error < 0.12
+    assert torch.equal(less.model.embed_tokens.weight, whole.model.embed_tokens.weight)
+
+
+def test_a_run_over_4_bits_lowers_the_loss_and_its_adapter_opens(learned, located):
+    losses = [loss for _, loss in json.loads((learned.folder / METRICS).read_text())["loss_curve"]]
+    assert losses[-1] < losses[0] / 10
+    assert Adapter.open(learned.folder, located).recipe["bits"] == 4
+
+
+def test_replies_stream_with_the_adapter_and_without_it(engine):
+    assert say(engine, "her") == [*"臣妾明白。", ""]
+    alone = say(engine, BASE_ONLY)
+    assert len(alone) > 2 and alone != say(engine, "her")
+    assert in_4_bits(engine.model) and engine.base.endswith(", 4 bits)")
+
+
+def test_side_by_side_each_row_has_its_own_voice(engine):
+    heard = {0: [], 1: []}
+    for row, piece in engine.compare(ASK, ["her", BASE_ONLY], GREEDY, threading.Event()):
+        heard[row].append(piece.text)
+    assert heard == {0: say(engine, "her"), 1: say(engine, BASE_ONLY)}
+
+
+@pytest.mark.parametrize(("trained_in", "served_in"), [(4, 16), (16, 4), (16, 8)])
+def test_an_adapter_is_served_in_any_bits_whatever_it_was_trained_in(learned, trained, located, trained_in, served_in):
+    adapter = learned if trained_in == 4 else trained
+    other = LocalEngine(located, [adapter], served_in)
+    assert other.adapters == [adapter.name, BASE_ONLY]  # it changes the logits, and leaves them finite
+    assert say(other, adapter.name) != say(other, BASE_ONLY)
+    assert served_in == 4 or "".join(say(other, adapter.name)) == "臣妾明白。"
+
+
+def test_gradients_are_the_same_with_checkpointing(located):
+    one, other = (
+        gradients(trainer.attach(load_base(located, bits=4), replace(TINY, bits=4, gradient_checkpointing=asked)))
+        for asked in (False, True)
+    )
+    assert all(grad.abs().sum() > 0 for grad in one)
+    torch.testing.assert_close(one, other)
+
+
+def test_gradients_are_the_same_after_a_look_on_a_processor_with_bf16(located):
+    grads = []
+    for bf16 in (False, True):
+        with mock.patch("bitsandbytes.nn.modules.has_avx512bf16", return_value=bf16):
+            model = trainer.attach(load_base(located, bits=4), replace(TINY, bits=4))
+        with torch.no_grad():
+            model.eval()(**flatten(ROWS), use_cache=False)
+        grads.append(gradients(model))
+    torch.testing.assert_close(*grads)
+
+
+def test_an_adapter_is_measured_again_in_its_own_bits(learned, tmp_path):
+    model, *_ = reopen(learned.folder, None)
+    assert in_4_bits(model)
+    older = shutil.copytree(learned.folder, tmp_path / "her")
+    recipe = json.loads((older / RECIPE).read_text())
+    assert recipe.pop("bits") == 4
+    (older / RECIPE).write_text(json.dumps(recipe))
+    model, _, recipe, *_ = reopen(older, None)
+    assert recipe.bits == 16 and not in_4_bits(model)
+
+
+def test_a_run_begun_before_there_was_a_choice_goes_on_in_16_bits(tiny_run):
+    job = tiny_run()
+    _prepare(job, job.output, job.work)
+    noted = json.loads((job.work / RECIPE).read_text())
+    assert noted.pop("bits") == 16
+    (job.work / RECIPE).write_text(json.dumps(noted))
+    _prepare(replace(job, resume=True), job.output, job.work)
+    with pytest.raises(ValueError, match="started with another bits"):
+        _prepare(replace(tiny_run(bits=4), resume=True), job.output, job.work)
+
+
+def test_the_batch_is_not_tried_and_would_refuse(engine, tiny_base, monkeypatch):
+    monkeypatch.setattr(local, "places", lambda: 8)
+    monkeypatch.setattr(LocalEngine, "quicken", lambda *_: pytest.fail("quickened"))
+    served = local.load(str(tiny_base), 4)
+    assert (served.most, served.wait().places) == (1, 1) and served.base.endswith(", 4 bits)")
+    with pytest.raises(RuntimeError, match="multiplies weights of 16 bits"):
+        Decoder(engine.model, ["her"], 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "bits", "base"),
+    [(24, 16, "7b"), (16, 16, "small"), (12, 8, "7b"), (8, 8, "small"), (8, 4, "7b"), (6, 4, "small")],
+)
+def test_a_small_gpu_gets_the_7b_in_the_bits_it_has_room_for(monkeypatch, gigabytes, bits, base):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+    assert local.best_base(bits) == base
+
+
+def test_without_bitsandbytes_the_sentence_tells_how_to_install_it(monkeypatch, tiny_run, tiny_base):
+    monkeypatch.setattr(local, "find_spec", lambda name: None)
+    job = tiny_run(bits=4)
+    for ask in (lambda: run(job), lambda: local.load(str(tiny_base), 4)):
+        with pytest.raises(ValueError, match=r"^4 bits need bitsandbytes.*pip install .*-r requirements-bits\.txt"):
+            ask()
+    assert not job.work.exists()
+    assert (Path(__file__).parent.parent / "requirements-bits.txt").read_text() == "bitsandbytes\n"
+
+
+REFUSED = {
+    "which ZeroGPU lends only later. Leave --bits out": ({"bits": 4}, {"SPACES_ZERO_GPU": "1"}),
+    "No base has weights of 5 bits. Choose --bits from 16, 8, 4": ({"bits": 5}, {}),
+    "FSDP and DeepSpeed take a base in 16 bits, not 4": (
+        {"bits": 4},
+        {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"},
+    ),
+    "FSDP and DeepSpeed take a base in 16 bits, not 8": ({"bits": 8}, {"ACCELERATE_USE_DEEPSPEED": "true"}),
+}
+
+
+@pytest.mark.parametrize("sentence", REFUSED)
+def test_what_cannot_be_had_is_refused_before_anything_is_written(tiny_run, monkeypatch, sentence):
+    fields, environment = REFUSED[sentence]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    job = tiny_run(**fields)
+    with pytest.raises(ValueError, match=sentence):
+        run(job)
+    assert not job.work.exists()
+
+
+def test_the_fast_profile_is_not_for_fewer_bits(tiny_run):
+    with pytest.raises(ValueError, match="in 16 bits"):
+        run(replace(tiny_run(bits=4), profile="fast"))
+
+
+@pytest.mark.parametrize("program", [app, terminal])
+def test_page_and_terminal_hand_the_bits_on(monkeypatch, program):
+    def load(base, bits):
+        raise ValueError(f"asked for {base} in {bits} bits")
+
+    monkeypatch.setattr("chat.local.load", load)
+    for words, bits in (([], 16), (["--bits", "4"], 4)):
+        monkeypatch.setattr(sys, "argv", ["chat", "--base", "small", *words])
+        with pytest.raises(SystemExit, match=f"asked for small in {bits} bits"):
+            program.main()
