@@ -178,7 +178,7 @@ def test_help_answers_without_torch():
 @pytest.fixture(scope="module")
 def own():
     """Every file of ours and its dialogues."""
-    return {path: read(path) for path in sorted((ROOT / "dataset").glob("*.jsonl"))}
+    return {path: read(path) for path in sorted((ROOT / "dataset").rglob("*.jsonl"))}
 
 
 def test_our_own_dialogues_hold_to_the_rules(own):
@@ -189,7 +189,7 @@ def test_our_own_dialogues_hold_to_the_rules(own):
 def test_the_card_counts_what_is_there(own):
     card = datacard.CARD.read_text(encoding="utf-8")
     assert datacard.filled(card, datacard.table(own)) == card, "Run python -m training.datacard."
-    assert all(f"| `{path.name}` | " in card.split("<!-- counts -->")[0] for path in own)
+    assert all(f"| `{path.relative_to(datacard.FOLDER)}` | " in card.split("<!-- counts -->")[0] for path in own)
 
 
 def test_a_card_without_a_place_for_counts_is_refused():

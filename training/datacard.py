@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.dialogues import FOLDER, Dialogue, read
+from training.dialogues import FOLDER, Dialogue, ours, read
 
 CARD, FIGURE = FOLDER / "README.md", FOLDER / "lengths.png"
 TABLE = re.compile(r"(?<=<!-- counts -->\n).*?(?=<!-- end of counts -->)", re.S)
@@ -18,7 +18,7 @@ def main() -> None:
     description = (__doc__ or "").split("\n")[0]
     argparse.ArgumentParser(prog="python -m training.datacard", description=description).parse_args()
     try:
-        files = {file: read(file) for file in sorted(FOLDER.glob("*.jsonl"))}
+        files = {file: read(file) for file in ours()}
         CARD.write_text(filled(CARD.read_text(encoding="utf-8"), table(files)), encoding="utf-8")
         draw(files, FIGURE)
     except (ValueError, OSError) as error:
@@ -35,7 +35,7 @@ def filled(card: str, counts: str) -> str:
 def table(files: dict[Path, list[Dialogue]]) -> str:
     """Dialogues, replies, long dialogues and scenes of each file, and of all."""
     everything = [dialogue for dialogues in files.values() for dialogue in dialogues]
-    rows = [*((f"`{file.name}`", dialogues) for file, dialogues in files.items()), ("all", everything)]
+    rows = [*((f"`{file.relative_to(FOLDER)}`", dialogues) for file, dialogues in files.items()), ("all", everything)]
     lines = [f"| {name} | {' | '.join(_counts(dialogues))} |\n" for name, dialogues in rows]
     head = f"| file | dialogues | replies | of {LONG} or more exchanges | scenes |\n|---|---:|---:|---:|---:|\n"
     return head + "".join(lines)

@@ -43,7 +43,7 @@ def main() -> None:
     """Check the files, print each fault and the counts; status 1 when there is something to repair."""
     parser = argparse.ArgumentParser(prog="python -m training.dialogues", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="JSON Lines of messages; by default those in dataset/")
-    files = parser.parse_args().files or sorted(FOLDER.glob("*.jsonl"))
+    files = parser.parse_args().files or ours()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
@@ -56,6 +56,11 @@ def main() -> None:
     replies = sum(len(dialogue.exchanges) for dialogue in dialogues)
     log.info("%d files, %d dialogues, %d replies, %d faults", len(files), len(dialogues), replies, len(found))
     sys.exit(bool(found))
+
+
+def ours() -> list[Path]:
+    """The files of our own dialogues."""
+    return sorted(FOLDER.rglob("*.jsonl"))
 
 
 def read(file: Path) -> list[Dialogue]:

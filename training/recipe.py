@@ -89,14 +89,18 @@ class Recipe:
 # are held out here unless --held-out 0 is given. It ends replies with the pad token.
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
+# All that there is, on the 7B. What each choice is worth was measured on the small base alone.
+HUANHUAN_PLUS = Recipe(
+    name="huanhuan-plus",
+    base="7b",
+    dataset=("huanhuan", "dataset", "dataset/plus"),
+    schedule="cosine",
+    warmup=0.05,
+    gradient_checkpointing=True,
+)
+
 # Who she is, and that she stays so, stands in these files alone: they are read three times.
-FACTS = tuple(
-    f"dataset/{name}.jsonl"
-    for name in (
-        "identity", "visitors", "canon", "palace", "facts_self", "facts_rivals", "facts_court",
-        "steadfast", "steadfast_orders", "steadfast_masks", "steadfast_secrets",
-    )
-)  # fmt: skip
+FACTS = tuple(f"dataset/{name}.jsonl" for name in ("identity", "visitors", "canon", "palace", "steadfast"))
 POCKET = Recipe(
     name="pocket",
     base="small",
@@ -130,4 +134,4 @@ TINY = replace(
     reply_tokens=16,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (HUANHUAN, POCKET, TINY)}
+RECIPES = {recipe.name: recipe for recipe in (HUANHUAN, HUANHUAN_PLUS, POCKET, TINY)}
