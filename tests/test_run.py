@@ -71,7 +71,7 @@ def test_the_proof_and_the_forecast_are_shown_before_the_first_step(tiny_run, ca
     lines = [record.getMessage() for record in caplog.records if record.name == "training.run"]
     text = "\n".join(lines)
     marks = ("learned (", "ends on <|im_end|>", "4 of 4 rows begin", "tokens an epoch", "trainable parameters",
-             "packed logits equal", "Forecast: 1 steps", "Actual: ")  # fmt: skip
+             "packed logits equal", "Forecast: 1 steps", "Actual: ", "Parts: ")  # fmt: skip
     found = [text.index(mark) for mark in marks]
     assert found == sorted(found)
 

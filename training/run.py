@@ -1,4 +1,4 @@
-"""Train an adapter, measure it, and open it: `python -m training.run [huanhuan|pocket|tiny] [--field value]`."""
+"""Train an adapter, measure it, and open it: `python -m training.run [RECIPE] [--field value]`."""
 
 import dataclasses
 import json
@@ -49,6 +49,23 @@ class Run:
     """Of several machines that share no disk, each gets the checkpoints and the adapter."""
 
 
+class Laps:
+    """Seconds of each part of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.began = time.perf_counter()
+
+    def end(self, part: str) -> float:
+        """A part ends here, and the next one begins; the seconds it took."""
+        now = time.perf_counter()
+        self.seconds[part], self.began = now - self.began, now
+        return self.seconds[part]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds.items())
+
+
 def main() -> None:
     """Parse the command line, run, and say in a sentence what went wrong."""
     logging.basicConfig(level=logging.INFO if ranks.first() else logging.ERROR, format="%(message)s")
@@ -87,43 +104,53 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     from chat import local
     from training import data, evaluate, fast, proof, trainer
 
+    laps = Laps()
     examples, held_out = data.split(data.load(recipe.dataset), recipe.held_out, recipe.seed)
     log.info("%d examples to learn, %d held out", len(examples), len(held_out))
+    laps.end("reading examples")
     located = local.dense(_locate(recipe.base))
+    laps.end("finding the base")
     tokenizer = local.load_tokenizer(located)
     rows, held_out_rows = (_encode(tokenizer, part, recipe) for part in (examples, held_out))
+    laps.end("token ids")
     _show(tokenizer, examples, rows)
+    laps.end("proofs")
     model = trainer.attach(local.load_base(located, bits=recipe.bits), recipe, profile)
     log.info("%s trainable parameters on %s, served by %s",
              f"{trainer.trained_parameters(model):,}", located.base.name, located.source)  # fmt: skip
+    laps.end("reading the base")
     log.info(proof.check_isolation(model, rows[:4]))
+    laps.end("isolation")
 
     def at_epoch_end() -> dict[str, float]:
         loss = evaluate.heldout_loss(model, held_out_rows)
         return {"heldout_loss": loss.per_token, "heldout_terminator": loss.per_terminator}
 
     measure = at_epoch_end if held_out else None
-    pause = _before(measure) if measure else 0.0
+    pause = _before(measure, laps, len(held_out)) if measure else 0.0
     step = fast.Step(model, recipe.max_length) if profile == "fast" else None
     expected = proof.forecast(model, rows, recipe, step, pause)
     log.info("Forecast: %s, profile %s", expected, profile)
-    began = time.perf_counter()
+    laps.end("forecast")
     train = partial(trainer.train, resume=job.resume, on_each_node=job.save_on_each_node)
     history = train(model, rows, recipe, work, at_epoch_end=measure, step=step)
     if not ranks.writes(job.save_on_each_node):
         return None
-    seconds = time.perf_counter() - began
+    seconds = laps.end("training")
     del step  # and what it recorded, which measuring has better use for
     log.info("Actual:   %d steps, %.1f min, %.1f GB", expected.steps, seconds / 60, proof.memory_in_use() / 1e9)
 
     model = trainer.whole(model, partial(local.load_base, located), recipe)
     trainer.round_to_bf16(model)
     metrics = evaluate.measure(model, tokenizer, recipe, examples, held_out)
+    laps.end("measures")
     metrics |= {"data": data.record(recipe.dataset)}
     metrics |= _record(history, expected, seconds, proof.memory_in_use(), len(rows), located.source)
     metrics["run"]["profile"] = profile
     adapter = _write(model, recipe, metrics, output, located)
+    laps.end("files, opened")
     _report(metrics)
+    log.info("Parts:    %s", laps)
     if ranks.first():
         _publish(job, adapter, api)
     return adapter
@@ -155,11 +182,10 @@ def _profile(job: Run) -> str:
     return profile
 
 
-def _before(measure: Callable[[], dict[str, float]]) -> float:
+def _before(measure: Callable[[], dict[str, float]], laps: Laps, rows: int) -> float:
     """Show what is measured before the first step, and return the seconds that takes."""
-    began = time.perf_counter()
-    log.info("Before:   held-out loss %.3f a token", measure()["heldout_loss"])
-    return time.perf_counter() - began
+    log.info("Before:   held-out loss %.3f a token, of %d rows", measure()["heldout_loss"], rows)
+    return laps.end("held-out loss")
 
 
 def _prepare(job: Run, output: Path, work: Path) -> None:
