@@ -105,11 +105,7 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     from training import data, evaluate, fast, proof, trainer
 
     laps = Laps()
-    examples, held_out = data.split(data.load(recipe.dataset), recipe.held_out, recipe.seed)
-    log.info("%d examples to learn, %d held out", len(examples), len(held_out))
-    laps.end("reading examples")
-    located = local.dense(_locate(recipe.base))
-    laps.end("finding the base")
+    examples, held_out, located = _read(recipe, laps)
     tokenizer = local.load_tokenizer(located)
     rows, held_out_rows = (_encode(tokenizer, part, recipe) for part in (examples, held_out))
     laps.end("token ids")
@@ -154,6 +150,19 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     if ranks.first():
         _publish(job, adapter, api)
     return adapter
+
+
+def _read(recipe: Recipe, laps: Laps) -> tuple[list[Any], list[Any], Any]:
+    """What is learned, what is held out, and where the base lies."""
+    from chat import local
+    from training import data
+
+    examples, held_out = data.split(data.load(recipe.dataset), recipe.held_out, recipe.seed)
+    log.info("%d examples to learn, %d held out", len(examples), len(held_out))
+    laps.end("reading examples")
+    located = local.dense(_locate(recipe.base))
+    laps.end("finding the base")
+    return examples, held_out, located
 
 
 def _show(tokenizer: Any, examples: list[Any], rows: list[Any]) -> None:
