@@ -118,11 +118,7 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     log.info(proof.check_isolation(model, rows[:4]))
     laps.end("isolation")
 
-    def at_epoch_end() -> dict[str, float]:
-        loss = evaluate.heldout_loss(model, held_out_rows)
-        return {"heldout_loss": loss.per_token, "heldout_terminator": loss.per_terminator}
-
-    measure = at_epoch_end if held_out else None
+    measure = partial(_heldout, model, held_out_rows) if held_out else None
     pause = _before(measure, laps, len(held_out)) if measure else 0.0
     step = fast.Step(model, recipe.max_length) if profile == "fast" else None
     expected = proof.forecast(model, rows, recipe, step, pause)
@@ -189,6 +185,13 @@ def _profile(job: Run) -> str:
     if profile == "faithful":
         ranks.accumulation(recipe)
     return profile
+
+
+def _heldout(model: Any, rows: list[Any]) -> dict[str, float]:
+    from training import evaluate
+
+    loss = evaluate.heldout_loss(model, rows)
+    return {"heldout_loss": loss.per_token, "heldout_terminator": loss.per_terminator}
 
 
 def _before(measure: Callable[[], dict[str, float]], laps: Laps, rows: int) -> float:
