@@ -108,15 +108,14 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     examples, held_out, located = _read(recipe, laps)
     tokenizer = local.load_tokenizer(located)
     rows, held_out_rows = (_encode(tokenizer, part, recipe) for part in (examples, held_out))
-    laps.end("token ids")
     _show(tokenizer, examples, rows)
-    laps.end("proofs")
+    laps.end("token ids")
     model = trainer.attach(local.load_base(located, bits=recipe.bits), recipe, profile)
     log.info("%s trainable parameters on %s, served by %s",
              f"{trainer.trained_parameters(model):,}", located.base.name, located.source)  # fmt: skip
     laps.end("reading the base")
     log.info(proof.check_isolation(model, rows[:4]))
-    laps.end("isolation")
+    laps.end("proof")
 
     measure = partial(_heldout, model, held_out_rows) if held_out else None
     pause = _before(measure, laps, len(held_out)) if measure else 0.0
@@ -137,8 +136,7 @@ def run(job: Run, api: Any = None) -> Adapter | None:
     metrics = evaluate.measure(model, tokenizer, recipe, examples, held_out)
     laps.end("measures")
     metrics |= {"data": data.record(recipe.dataset)}
-    metrics |= _record(history, expected, seconds, proof.memory_in_use(), len(rows), located.source)
-    metrics["run"]["profile"] = profile
+    metrics |= _record(history, expected, seconds, proof.memory_in_use(), len(rows), located.source, profile)
     adapter = _write(model, recipe, metrics, output, located)
     laps.end("files, opened")
     _report(metrics)
@@ -293,7 +291,9 @@ def _encode(tokenizer: Any, examples: list[Any], recipe: Recipe) -> list[Any]:
     return [encode(tokenizer, example, recipe.max_length, recipe.terminator) for example in examples]
 
 
-def _record(history: list[Any], expected: Any, seconds: float, memory: int, rows: int, source: str) -> dict[str, Any]:
+def _record(
+    history: list[Any], expected: Any, seconds: float, memory: int, rows: int, source: str, profile: str
+) -> dict[str, Any]:
     """What the run itself adds to metrics.json."""
     from importlib.metadata import version
 
@@ -316,6 +316,7 @@ def _record(history: list[Any], expected: Any, seconds: float, memory: int, rows
             "date": date.today().isoformat(),
             "device": device(),
             "base served by": source,
+            "profile": profile,
             "rows learned": rows,
             "tokens": round(expected.tokens),
             "forecast seconds": round(expected.seconds, 1),
