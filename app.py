@@ -1,6 +1,6 @@
 """The page: a Gradio chat around any ChatEngine. It knows layout, nothing about models.
 
-python app.py [--base small|7b|FOLDER] [--bits 16|8|4] [--host 0.0.0.0] [--port 7860] [--share] [--mcp]
+python app.py [--base small|medium|7b|FOLDER] [--bits 16|8|4] [--host 0.0.0.0] [--port 7860] [--share] [--mcp]
 """
 
 import argparse
@@ -51,9 +51,9 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
     with page:
         gr.HTML(_masthead())
         with gr.Row(elem_id="stage"):
-            scene = gr.Dropdown(_scenes(), value=SCENES[0].name, label=word("scene"))
+            scene = gr.Dropdown(_scenes(), value=SCENES[0].name, label=word("scene"), filterable=False)
             # Everybody at first, for API calls that name a scene; the page narrows the list to the scene at once.
-            visitor = gr.Dropdown(callers(), value=PASSER_BY, label=word("visitor"))
+            visitor = gr.Dropdown(callers(), value=PASSER_BY, label=word("visitor"), filterable=False)
         line = gr.Markdown(setting(SCENES[0].name), elem_id="setting")
         with gr.Accordion(word("voice"), open=False) as voice:
             inputs = [scene, visitor, *_controls(engine)]
@@ -89,7 +89,7 @@ def _scenes() -> list[tuple[str, str]]:
 def _controls(engine: ChatEngine) -> list[Any]:
     names = [(f"{name}（只用底座 base only）" if name == BASE_ONLY else name, name) for name in engine.adapters]
     return [
-        gr.Dropdown(names, value=engine.adapters[0], label=word("adapter")),
+        gr.Dropdown(names, value=engine.adapters[0], label=word("adapter"), filterable=False),
         gr.Slider(0, 2, Sampling.temperature, step=0.05, label=word("temperature")),
         gr.Slider(0.05, 1, Sampling.top_p, step=0.05, label=word("top_p")),
         gr.Slider(1, 200, Sampling.top_k, step=1, label=word("top_k")),
@@ -214,7 +214,7 @@ LAUNCH: dict[str, Any] = {
 def main() -> None:
     """Load the engine of this machine and open the page."""
     parser = argparse.ArgumentParser(description="Open the page of Chat-甄嬛.")
-    parser.add_argument("--base", help="small, 7b, or a folder; by default what fits this machine")
+    parser.add_argument("--base", help="small, medium, 7b, or a folder; by default what fits this machine")
     parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")

@@ -1,4 +1,4 @@
-"""Talk with 甄嬛 in the terminal: `python -m chat [--base small|7b|FOLDER] [--bits 16|8|4] [--adapter NAME]`."""
+"""Talk with 甄嬛 in the terminal: `python -m chat [--base small] [--bits 16] [--adapter NAME]`."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ from chat.persona import GREETING, NAME, Message
 def main() -> None:
     """Load the base and its adapters, then answer line by line until an empty line or Ctrl-D."""
     parser = argparse.ArgumentParser(prog="python -m chat", description=f"Talk with {NAME}.")
-    parser.add_argument("--base", help="small, 7b, or a folder; by default what fits this machine")
+    parser.add_argument("--base", help="small, medium, 7b, or a folder; by default what fits this machine")
     parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
     parser.add_argument("--adapter", help="an adapter's name, or base for none")
     chosen = parser.parse_args()

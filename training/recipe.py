@@ -13,7 +13,7 @@ class Recipe:
 
     name: str
     base: str
-    """small, 7b, or a folder that holds a base."""
+    """small, medium, 7b, or a folder that holds a base."""
     bits: int = 16
     """Bits of the frozen base's weights: 16, or 4 for QLoRA (Dettmers et al. 2023), or 8."""
 
