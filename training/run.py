@@ -23,6 +23,8 @@ from training.recipe import HUANHUAN, RECIPES, Recipe
 
 log = logging.getLogger(__name__)
 
+MOST_RANK = 32  # of the fast profile: tiles of more do not fit a GPU's shared memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -171,11 +173,12 @@ def _profile(job: Run) -> str:
     import torch
 
     recipe = job.recipe
-    plain = set(recipe.layers) == set(LAYERS) and not recipe.dora and recipe.bits == 16 and not ranks.stock_only()
+    plain = set(recipe.layers) == set(LAYERS) and recipe.rank <= MOST_RANK and not recipe.dora and recipe.bits == 16
+    plain = plain and not ranks.stock_only()
     if job.profile == "fast" and not plain:
         raise ValueError(
-            "The fast profile adapts all seven layers of a base in 16 bits, without DoRA, FSDP or DeepSpeed. "
-            "Leave --profile out."
+            f"The fast profile adapts all seven layers of a base in 16 bits, up to rank {MOST_RANK}, without DoRA, "
+            "FSDP or DeepSpeed. Leave --profile out."
         )
     ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)  # for FlashAttention
     auto = "fast" if plain and ampere and find_spec("triton") else "faithful"
