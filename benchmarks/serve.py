@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,11 +72,14 @@ class Engine:
     generate: Callable[..., Any]
 
 
-def tutorial(located: Located, adapter: Adapter) -> Engine:
+def tutorial(located: Located, adapters: list[Adapter]) -> Engine:
     """As self-llm's notebook answers: the base by transformers, the adapter by PEFT, `generate`; fp32 on a CPU."""
     from peft import PeftModel
 
-    model: Any = PeftModel.from_pretrained(local.load_base(located), adapter.folder, adapter.name).eval()
+    base: Any = local.load_base(located)
+    if not adapters:
+        return Engine(lambda _: None, base.generate)
+    model: Any = PeftModel.from_pretrained(base, adapters[0].folder, adapters[0].name).eval()
 
     def wear(name: str) -> None:
         model.base_model.disable_adapter_layers() if name == BASE_ONLY else model.base_model.enable_adapter_layers()
@@ -83,13 +87,13 @@ def tutorial(located: Located, adapter: Adapter) -> Engine:
     return Engine(wear, model.generate)
 
 
-def ours(located: Located, adapter: Adapter) -> Engine:
+def ours(located: Located, adapters: list[Adapter]) -> Engine:
     """The engine of the page, its model asked as it asks it."""
-    model: Any = LocalEngine(located, [adapter]).model
+    model: Any = LocalEngine(located, adapters).model
     return Engine(model.set_adapter, model.generate)
 
 
-ENGINES: dict[str, Callable[[Located, Adapter], Engine]] = {"tutorial": tutorial, "ours": ours}
+ENGINES: dict[str, Callable[[Located, list[Adapter]], Engine]] = {"tutorial": tutorial, "ours": ours}
 
 
 @torch.inference_mode()
@@ -136,11 +140,13 @@ def one_round(engine: Engine, tokenizer: Any, name: str, other: str, n: int, tok
     }  # fmt: skip
 
 
-def measure(engines: dict[str, Engine], tokenizer: Any, adapter: str, rounds: int, tokens: int) -> list[dict[str, Any]]:
-    """A row for each engine, with the adapter and without; the first round warms up and is not counted."""
+def measure(
+    engines: dict[str, Engine], tokenizer: Any, names: list[str], rounds: int, tokens: int
+) -> list[dict[str, Any]]:
+    """A row for each engine and each of the names that it wears; the first round warms up and is not counted."""
     seen: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for n in range(rounds + 1):
-        for name, other in ((BASE_ONLY, adapter), (adapter, BASE_ONLY)):
+        for name, other in zip(names, names[::-1], strict=True):
             for engine in engines:
                 taken = one_round(engines[engine], tokenizer, name, other, 100 * n, tokens)
                 seen[engine, name] += [taken] if n else []
@@ -162,13 +168,15 @@ def row(engine: str, name: str, taken: list[dict[str, float]], tutorials: list[d
 def on_cpu(picked: argparse.Namespace) -> None:
     """Measure on the CPU, keep the rows and print the table."""
     located = local.dense(locate(picked.base))
-    adapter = next(iter(find(located)[0]))
+    adapters = find(located)[0][:1]
     tokenizer = local.load_tokenizer(located)
-    engines = {name: make(located, adapter) for name, make in ENGINES.items()}
-    rows = measure(engines, tokenizer, adapter.name, picked.rounds, picked.tokens)
+    engines = {name: make(located, adapters) for name, make in ENGINES.items()}
+    names = [BASE_ONLY, *(adapter.name for adapter in adapters)]
+    rows = measure(engines, tokenizer, names, picked.rounds, picked.tokens)
     prompt = len(prompt_ids(tokenizer, [question(100)]))
-    results.save("serve-cpu", rows, UNITS, base=located.base.name, rounds=picked.rounds, prompt_tokens=prompt)
-    print(results.table("serve-cpu"))
+    name = "serve-cpu" + ("" if picked.base == "small" else f"-{Path(picked.base).name}")
+    results.save(name, rows, UNITS, base=located.base.name, rounds=picked.rounds, prompt_tokens=prompt)
+    print(results.table(name))
 
 
 def main() -> None:
