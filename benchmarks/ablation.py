@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from training.recipe import FACTS, HUANHUAN_PLUS, POCKET, Recipe
+from training.recipe import FACTS, HUANHUAN_PLUS, PLUS, POCKET, Recipe
 
 # Times the script, our files of facts, and the rest of our dialogues are read; and the rest of the recipe.
 Variant = tuple[int, int, int, Recipe]
@@ -48,7 +48,7 @@ def one(name: str) -> dict[str, Any]:
     script, facts, rest, recipe = VARIANTS[name]
     recipe = replace(recipe, reply_tokens=TOKENS, long_chats=0, probe_replies=0, save_steps=10**9)
     learned, held_out = data.split(data.load(HUANHUAN_PLUS.dataset), recipe.held_out, recipe.seed)
-    taught = [Path(file).name for file in FACTS] + [file.name for file in Path("dataset/plus").iterdir()]
+    taught = [Path(file).name for file in FACTS] + [file.name for file in Path(PLUS).iterdir()]
     times = dict.fromkeys(taught, facts) | {data.FULL_FILE.name: script}
     chosen = [e for e in learned for _ in range(times.get(e.source, rest))]
     located = local.dense(locate(recipe.base))

@@ -635,16 +635,9 @@ if triton:
 
     @triton.jit
     def _turn_back(
-        grads,
-        by_head,
-        turns,
-        tokens,
-        H: tl.constexpr,
-        KV: tl.constexpr,
-        HALF: tl.constexpr,
-        BT: tl.constexpr,
-        PDL: tl.constexpr,
-    ):
+        grads, by_head, turns, tokens,
+        H: tl.constexpr, KV: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
+    ):  # fmt: skip
         _begin(PDL)
         t, i, head = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, HALF), tl.program_id(1)
         there = (t < tokens)[:, None] & (i < HALF)[None, :]

@@ -89,11 +89,12 @@ class Recipe:
 # are held out here unless --held-out 0 is given. It ends replies with the pad token.
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
+PLUS = "dataset/plus"  # dialogues that the shipped adapter has not read
 # All that there is, on the 7B. What each choice is worth was measured on the small base alone.
 HUANHUAN_PLUS = Recipe(
     name="huanhuan-plus",
     base="7b",
-    dataset=("huanhuan", "dataset", "dataset/plus"),
+    dataset=("huanhuan", "dataset", PLUS),
     schedule="cosine",
     warmup=0.05,
     gradient_checkpointing=True,
