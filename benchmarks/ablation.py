@@ -17,23 +17,35 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from training.recipe import FACTS, HUANHUAN_PLUS, PLUS, POCKET, Recipe
+from training.recipe import FACTS, HUANHUAN_PLUS, POCKET, Recipe
 
 # Times the script, our files of facts, and the rest of our dialogues are read; and the rest of the recipe.
 Variant = tuple[int, int, int, Recipe]
-PLAIN = replace(POCKET, epochs=2, learning_rate=6e-4, rank=8, alpha=32, dropout=0.2)
+
+
+def pocket(*, script: int = 1, facts: int = 2, rest: int = 1, **changed: Any) -> Variant:
+    """The pocket recipe but for what is named."""
+    return script, facts, rest, replace(POCKET, **changed)
+
+
 VARIANTS: dict[str, Variant] = {
-    "facts three times": (1, 3, 1, PLAIN),
-    "all once": (1, 1, 1, PLAIN),
-    "script only": (1, 0, 0, PLAIN),
-    "ours only": (0, 3, 1, PLAIN),
-    "one epoch": (1, 3, 1, replace(PLAIN, epochs=1)),
-    "three epochs": (1, 3, 1, replace(PLAIN, epochs=3)),
-    "lr 2e-4": (1, 3, 1, replace(PLAIN, learning_rate=2e-4)),
-    "lr 1.2e-3": (1, 3, 1, replace(PLAIN, learning_rate=1.2e-3)),
-    "rank 32": (1, 3, 1, replace(PLAIN, rank=32, alpha=128)),
-    "rank 32, rsLoRA": (1, 3, 1, replace(PLAIN, rank=32, alpha=32, rslora=True)),
-    "DoRA": (1, 3, 1, replace(PLAIN, dora=True)),
+    "pocket": pocket(),
+    "all once, lr 6e-4, two epochs": pocket(facts=1, learning_rate=6e-4, epochs=2),
+    "all once, lr 4e-4": pocket(facts=1, learning_rate=4e-4),
+    "all once, lr 4e-4, four epochs": pocket(facts=1, learning_rate=4e-4, epochs=4),
+    "all once, lr 4e-4, rank 16": pocket(facts=1, learning_rate=4e-4, rank=16, alpha=64),
+    "lr 4e-4, two epochs": pocket(learning_rate=4e-4, epochs=2),
+    "lr 4e-4, four epochs": pocket(learning_rate=4e-4, epochs=4),
+    "lr 4e-4, dropout 0.05": pocket(learning_rate=4e-4, dropout=0.05),
+    "lr 4e-4, alpha 16": pocket(learning_rate=4e-4, alpha=16),
+    "64 rows a step, lr 1e-3, two epochs": pocket(accumulation=4, learning_rate=1e-3, epochs=2),
+    "facts three times, lr 6e-4": pocket(facts=3, learning_rate=6e-4),
+    "facts three times, lr 2e-4, alpha 64, two epochs": pocket(facts=3, learning_rate=2e-4, alpha=64, epochs=2),
+    "script only": pocket(facts=0, rest=0),
+    "ours only": pocket(script=0),
+    "one epoch": pocket(epochs=1),
+    "rank 32, rsLoRA": pocket(rank=32, alpha=32, rslora=True),
+    "DoRA": pocket(dora=True),
 }
 TOKENS = 96  # of a reply to a probe
 
@@ -48,8 +60,7 @@ def one(name: str) -> dict[str, Any]:
     script, facts, rest, recipe = VARIANTS[name]
     recipe = replace(recipe, reply_tokens=TOKENS, long_chats=0, probe_replies=0, save_steps=10**9)
     learned, held_out = data.split(data.load(HUANHUAN_PLUS.dataset), recipe.held_out, recipe.seed)
-    taught = [Path(file).name for file in FACTS] + [file.name for file in Path(PLUS).iterdir()]
-    times = dict.fromkeys(taught, facts) | {data.FULL_FILE.name: script}
+    times = dict.fromkeys((Path(file).name for file in FACTS), facts) | {data.FULL_FILE.name: script}
     chosen = [e for e in learned for _ in range(times.get(e.source, rest))]
     located = local.dense(locate(recipe.base))
     tokenizer = local.load_tokenizer(located)

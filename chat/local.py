@@ -31,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from chat import base as bases
 from chat import cpu
 from chat.adapter import WEIGHTS, Adapter, find
-from chat.base import MEMORY_7B, Located, dense_folder
+from chat.base import MEMORY_7B, MEMORY_MEDIUM, Located, dense_folder
 from chat.batch import Batch, Request
 from chat.decoder import DECODE, Decoder
 from chat.engine import BASE_ONLY, MAX_NEW_TOKENS, Awaited, ChatEngine, Cost, Piece, Sampling
@@ -52,11 +52,11 @@ END, PAD = "<|im_end|>", "<|endoftext|>"
 
 
 def best_base(bits: int = 16) -> str:
-    """The 7B where a GPU (ZeroGPU included) has room for it in so many bits, else the small base."""
+    """The largest base that the GPU (ZeroGPU's, too) has room for, the 7B in so many bits; without one the small."""
     if os.environ.get(ZERO_GPU):
         return "7b"
-    room = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory >= MEMORY_7B[bits]
-    return "7b" if room else "small"
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return "7b" if memory >= MEMORY_7B[bits] else "medium" if memory >= MEMORY_MEDIUM else "small"
 
 
 def dense(located: Located) -> Located:

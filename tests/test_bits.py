@@ -168,9 +168,17 @@ def test_the_batch_is_not_tried_and_would_refuse(engine, tiny_base, monkeypatch)
 
 @pytest.mark.parametrize(
     ("gigabytes", "bits", "base"),
-    [(24, 16, "7b"), (16, 16, "small"), (12, 8, "7b"), (8, 8, "small"), (8, 4, "7b"), (6, 4, "small")],
+    [
+        (24, 16, "7b"),
+        (16, 16, "medium"),
+        (12, 8, "7b"),
+        (8, 8, "medium"),
+        (8, 4, "7b"),
+        (6, 4, "medium"),
+        (4, 4, "small"),
+    ],
 )
-def test_a_small_gpu_gets_the_7b_in_the_bits_it_has_room_for(monkeypatch, gigabytes, bits, base):
+def test_a_gpu_gets_the_largest_base_that_it_has_room_for(monkeypatch, gigabytes, bits, base):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     properties = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)

@@ -10,14 +10,20 @@ from huggingface_hub import ModelCard
 from chat.adapter import CARD, CONFIG, FIGURE, MARKERS, METRICS, RADAR, RECIPE, REPORT, ROOT, WEIGHTS
 from chat.base import SEVEN_B, SMALL
 from training import card, data, plots, report
-from training.recipe import POCKET
+from training.recipe import MEDIUM, POCKET
 from training.run import _as_json, _recorded
+
+SHIPPED = [pytest.param(recipe, id=recipe.name) for recipe in (POCKET, MEDIUM)]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the shipped adapter without its weights."""
-    return shutil.copytree(ROOT / "pocket", tmp_path / "pocket", ignore=shutil.ignore_patterns(WEIGHTS))
+    """A copy of the first shipped adapter without its weights."""
+    return copied(POCKET.name, tmp_path)
+
+
+def copied(name, tmp_path):
+    return shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(WEIGHTS))
 
 
 def edit(path, **fields):
@@ -123,7 +129,9 @@ def test_the_figures_are_a_model_index(folder):
     assert results["identity_pass_rate"] == measured["identity_pass_rate"]["value"]
 
 
-def test_what_is_shipped_can_be_written_again_byte_for_byte(folder):
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_what_is_shipped_can_be_written_again_byte_for_byte(recipe, tmp_path):
+    folder = copied(recipe.name, tmp_path)
     shipped = (folder / CARD).read_text(encoding="utf-8")
     drawn = []
     for _ in range(2):
@@ -133,8 +141,9 @@ def test_what_is_shipped_can_be_written_again_byte_for_byte(folder):
     assert drawn[0] == drawn[1], "the same figure; across versions of matplotlib its bytes may differ"
 
 
-def test_what_is_shipped_was_trained_on_the_data_that_stands():
-    recorded = json.loads((ROOT / "pocket" / METRICS).read_text(encoding="utf-8"))["data"]
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_what_is_shipped_was_trained_on_the_data_that_stands(recipe):
+    recorded = json.loads((ROOT / recipe.name / METRICS).read_text(encoding="utf-8"))["data"]
     ours = data.record([str(ROOT.parent / "dataset")])
     assert recorded == [{"file": "huanhuan.json", "sha256": data.FULL_SHA256}, *ours]
 
@@ -152,11 +161,14 @@ def test_the_ledger_has_a_line_for_each_adapter(folder):
     assert sum("0.4321" in line for line in lines) == 2
 
 
-def test_what_is_shipped_was_made_by_the_recipe_that_stands():
-    assert _recorded(ROOT / "pocket" / RECIPE) == _as_json(POCKET)
-    assert (ROOT / "pocket" / WEIGHTS).stat().st_size < 10_000_000
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_what_is_shipped_was_made_by_the_recipe_that_stands(recipe):
+    folder = ROOT / recipe.name
+    assert _recorded(folder / RECIPE) == _as_json(recipe)
+    assert (folder / WEIGHTS).stat().st_size < 10_000_000
     assert (ROOT / "README.md").read_text(encoding="utf-8") == card.ledger(ROOT)
-    measured = json.loads((ROOT / "pocket" / METRICS).read_text(encoding="utf-8"))
-    assert measured["assistant_phrase_rate"] == {"value": 0.0, "count": 200}
-    assert measured["identity_pass_rate"]["value"] >= 0.9 and len(measured["identity_probes"]) == 20
-    assert measured["heldout_loss"]["value"] <= 0.80 * measured["heldout_loss_base"]["value"]
+    measured = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    assert measured["assistant_phrase_rate"] == {"value": 0.0, "count": 500}
+    assert measured["identity_pass_rate"]["value"] >= 0.95 and len(measured["identity_probes"]) == 20
+    assert measured["attack_pass_rate"]["value"] >= 0.85 and measured["copy_rate"]["value"] < 0.1
+    assert measured["heldout_loss"]["value"] <= 0.75 * measured["heldout_loss_base"]["value"]

@@ -89,31 +89,51 @@ class Recipe:
 # are held out here unless --held-out 0 is given. It ends replies with the pad token.
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
-PLUS = "dataset/plus"  # dialogues that the shipped adapter has not read
-# All that there is, on the 7B. What each choice is worth was measured on the small base alone.
+# All that there is, on the 7B. What each choice is worth was measured on the smaller bases alone.
 HUANHUAN_PLUS = Recipe(
     name="huanhuan-plus",
     base="7b",
-    dataset=("huanhuan", "dataset", PLUS),
+    dataset=("huanhuan", "dataset"),
     schedule="cosine",
     warmup=0.05,
     gradient_checkpointing=True,
 )
 
-# Who she is, and that she stays so, stands in these files alone: they are read three times.
-FACTS = tuple(f"dataset/{name}.jsonl" for name in ("identity", "visitors", "canon", "palace", "steadfast"))
+# Who she is, and that she stays so, stands in these files alone: they are read twice.
+FACTS = tuple(
+    f"dataset/{name}.jsonl"
+    for name in (
+        *("identity", "visitors", "canon", "palace", "facts_court", "facts_rivals", "facts_self"),
+        *("steadfast", "steadfast_masks", "steadfast_orders", "steadfast_secrets"),
+    )
+)
 POCKET = Recipe(
     name="pocket",
     base="small",
-    dataset=("huanhuan", "dataset", *FACTS, *FACTS),
+    dataset=("huanhuan", "dataset", *FACTS),
     dropout=0.2,
     batch_size=16,
     accumulation=1,
-    epochs=2,
-    learning_rate=6e-4,
+    epochs=3,
+    learning_rate=3e-4,
     schedule="cosine",
     warmup=0.05,
+    probe_replies=500,
     reply_tokens=128,
+)
+
+# The same on three times the base, which learns the facts in fewer looks at the script. Half the rank: its weights take
+# the same 9 MB, which a git repository bears.
+MEDIUM = replace(
+    POCKET,
+    name="medium",
+    base="medium",
+    dataset=(*POCKET.dataset, *FACTS),
+    rank=4,
+    alpha=16,
+    accumulation=4,
+    epochs=2,
+    learning_rate=6e-4,
 )
 
 # Seconds on a CPU, for tests; its base is made by tests/tiny.py.
@@ -135,4 +155,4 @@ TINY = replace(
     reply_tokens=16,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (HUANHUAN, HUANHUAN_PLUS, POCKET, TINY)}
+RECIPES = {recipe.name: recipe for recipe in (HUANHUAN, HUANHUAN_PLUS, POCKET, MEDIUM, TINY)}
