@@ -64,9 +64,7 @@ def one(name: str) -> dict[str, Any]:
     chosen = [e for e in learned for _ in range(times.get(e.source, rest))]
     located = local.dense(locate(recipe.base))
     tokenizer = local.load_tokenizer(located)
-    rows, kept = (
-        [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in part] for part in (chosen, held_out)
-    )
+    rows, kept = (encode(tokenizer, part, recipe.max_length, recipe.terminator) for part in (chosen, held_out))
     profile = "faithful" if recipe.dora or local.best_device() == "cpu" else "fast"
     model = trainer.attach(local.load_base(located), recipe, profile)
     epochs: list[dict[str, float]] = []

@@ -175,7 +175,7 @@ def load(chosen: argparse.Namespace) -> tuple[Recipe, Any, list[Encoded]]:
     if chosen.dataset:
         recipe = replace(recipe, dataset=tuple(chosen.dataset))
     tokenizer = local.load_tokenizer(local.dense(locate("small" if chosen.random else chosen.base)))
-    rows = [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in data.load(recipe.dataset)]
+    rows = encode(tokenizer, data.load(recipe.dataset), recipe.max_length, recipe.terminator)
     return recipe, tokenizer, rows
 
 

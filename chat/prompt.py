@@ -15,15 +15,19 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], g
     With `go_on` the last turn, hers or the visitor's, is left open instead: what comes next continues it. Shape: one
     flat list. Raises ValueError when a reply is wanted and the last turn is not the visitor's.
     """
-    if not turns or (turns[-1]["role"] != "user" and not go_on):
-        raise ValueError("A prompt must end with the visitor's turn. Add a user message at the end.")
-    heard = messages(turns)
-    if go_on:
-        text = str(tokenizer.apply_chat_template(heard, tokenize=False))
+    if go_on and turns:
+        text = str(tokenizer.apply_chat_template(messages(turns), tokenize=False))
         opened = text[: text.rindex(str(tokenizer.eos_token))]
         return cast("list[int]", tokenizer(opened, add_special_tokens=False)["input_ids"])
-    ids = tokenizer.apply_chat_template(heard, add_generation_prompt=True, return_dict=False)
-    return cast("list[int]", ids)
+    return all_prompt_ids(tokenizer, [turns])[0]
+
+
+def all_prompt_ids(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """The same for many conversations that want a reply: together they take a third of the time. Raises alike."""
+    if not all(turns and turns[-1]["role"] == "user" for turns in conversations):
+        raise ValueError("A prompt must end with the visitor's turn. Add a user message at the end.")
+    heard = [messages(turns) for turns in conversations]
+    return cast("list[list[int]]", tokenizer.apply_chat_template(heard, add_generation_prompt=True, return_dict=False))
 
 
 def messages(turns: Sequence[Message]) -> list[dict[str, str]]:
@@ -31,10 +35,11 @@ def messages(turns: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": turn["role"], "content": unmarked(turn["content"])} for turn in converse(turns)]
 
 
-def reply_ids(tokenizer: "PreTrainedTokenizerFast", reply: str, terminator: str) -> list[int]:
-    """Token ids that are learned: the reply, then the token that ends it."""
-    ids: list[int] = tokenizer(unmarked(reply), add_special_tokens=False)["input_ids"]
-    return [*ids, cast("int", tokenizer.convert_tokens_to_ids(terminator))]
+def reply_ids(tokenizer: "PreTrainedTokenizerFast", replies: Sequence[str], terminator: str) -> list[list[int]]:
+    """Token ids that are learned, of each reply: its text, then the token that ends it."""
+    said: list[list[int]] = tokenizer([unmarked(reply) for reply in replies], add_special_tokens=False)["input_ids"]
+    end = cast("int", tokenizer.convert_tokens_to_ids(terminator))
+    return [[*ids, end] for ids in said]
 
 
 def unmarked(text: str) -> str:

@@ -26,7 +26,7 @@ def model(located):
 
 
 def test_heldout_loss_is_the_plain_sum_whatever_the_batch(model, tokenizer):
-    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])]
+    rows = encode(tokenizer, load([str(TAUGHT)]), 384, "<|im_end|>")
     text = end = 0.0
     with torch.inference_mode():
         for row in rows:
@@ -59,7 +59,7 @@ def folder(trained, tmp_path):
 
 
 def test_the_loss_of_a_row_is_its_own_in_any_company(model, tokenizer):
-    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])]
+    rows = encode(tokenizer, load([str(TAUGHT)]), 384, "<|im_end|>")
     together, alone = row_losses(model, rows, 8), [row_losses(model, [row])[0] for row in rows]
     assert len(together) == 8
     for one, other in zip(together, alone, strict=True):
@@ -91,7 +91,7 @@ def test_the_swap_margin_is_the_others_loss_less_hers(trained, located, tokenize
     worn = PeftModel.from_pretrained(load_base(located), trained.folder)
     pairs = swaps([replace(example, source=FULL_FILE.name) for example in load([str(TAUGHT)])])
     margin = swap_margin(worn, tokenizer, pairs, TINY)["swap_margin"]
-    losses = [[heldout_loss(worn, [encode(tokenizer, e, 384, "<|im_end|>")]).per_token for e in pair] for pair in pairs]
+    losses = [[heldout_loss(worn, encode(tokenizer, [e], 384, "<|im_end|>")).per_token for e in pair] for pair in pairs]
     assert margin["value"] == pytest.approx(sum(other - hers for hers, other in losses) / 8, abs=1e-3)
     assert margin["count"] == 8 and margin["low"] < margin["value"] < margin["high"]
     with worn.disable_adapter():
@@ -117,7 +117,7 @@ def test_forgetting_is_what_the_adapter_adds_to_the_loss_of_plain_text(trained, 
 def test_the_script_and_our_own_rows_are_told_apart(model, tokenizer):
     examples = load([str(TAUGHT)])
     examples = [replace(e, source=FULL_FILE.name) for e in examples[:3]] + examples[3:]
-    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in examples]
+    rows = encode(tokenizer, examples, 384, "<|im_end|>")
     numbers = evaluate.heldout(model, rows, examples)
     assert numbers["heldout_loss_script"]["value"] == round(heldout_loss(model, rows[:3]).per_token, 4)
     assert numbers["heldout_loss_ours"]["value"] == round(heldout_loss(model, rows[3:]).per_token, 4)

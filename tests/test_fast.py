@@ -25,7 +25,7 @@ EXACT = replace(TINY, batch_size=2, accumulation=2, epochs=3, learning_rate=1e-3
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-    return [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])]
+    return encode(tokenizer, load([str(TAUGHT)]), 384, "<|im_end|>")
 
 
 @pytest.fixture

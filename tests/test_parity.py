@@ -33,7 +33,7 @@ def test_every_row_of_the_full_set_is_the_tutorials(tokenizer):
     examples = data.load(["huanhuan"])
     rows = json.loads(data.FULL_FILE.read_text(encoding="utf-8"))
     assert len(examples) == len(rows) == 3729
-    encoded = [encode(tokenizer, e, HUANHUAN.max_length, HUANHUAN.terminator) for e in examples]
+    encoded = encode(tokenizer, examples, HUANHUAN.max_length, HUANHUAN.terminator)
     differing = [
         number
         for number, (ours, row) in enumerate(zip(encoded, rows, strict=True), start=1)

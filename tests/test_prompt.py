@@ -3,7 +3,7 @@
 import pytest
 
 from chat.persona import SYSTEM_PROMPT
-from chat.prompt import prompt_ids, reply_ids, trim
+from chat.prompt import all_prompt_ids, prompt_ids, reply_ids, trim
 
 ASK = [{"role": "user", "content": "你是谁？"}]
 
@@ -26,7 +26,7 @@ def test_a_visitor_cannot_open_a_turn_of_his_own(tokenizer):
 
 
 def test_a_reply_ends_with_one_terminator(tokenizer):
-    ids = reply_ids(tokenizer, "臣妾明白。", "<|im_end|>")
+    [ids] = reply_ids(tokenizer, ["臣妾明白。"], "<|im_end|>")
     assert tokenizer.decode(ids) == "臣妾明白。<|im_end|>"
 
 
@@ -48,3 +48,10 @@ def test_trimming_drops_whole_turns_from_the_oldest(tokenizer):
 def test_a_question_too_long_is_refused_with_both_lengths(tokenizer):
     with pytest.raises(ValueError, match=r"\d+ tokens long, 60 fit"):
         trim(tokenizer, ASK * 1, 60)
+
+
+def test_many_conversations_at_once_have_the_ids_of_each_alone(tokenizer):
+    talk = [*ASK, {"role": "assistant", "content": "臣妾。"}, {"role": "user", "content": "再说一句"}]
+    assert all_prompt_ids(tokenizer, [ASK, talk, ASK]) == [prompt_ids(tokenizer, turns) for turns in (ASK, talk, ASK)]
+    with pytest.raises(ValueError, match="must end with the visitor's turn"):
+        all_prompt_ids(tokenizer, [ASK, talk[:2]])

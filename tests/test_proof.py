@@ -12,7 +12,7 @@ from training.tokens import Encoded, encode
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-    return [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])]
+    return encode(tokenizer, load([str(TAUGHT)]), 384, "<|im_end|>")
 
 
 def test_a_shown_row_tells_what_is_read_learned_and_ended(tokenizer, rows):

@@ -85,7 +85,7 @@ def test_only_the_lora_moves_and_all_of_it(tiny_base, located):
     model = trainer.attach(load_base(located), recipe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokenizer = load_tokenizer(located)
-    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])]
+    rows = encode(tokenizer, load([str(TAUGHT)]), 384, "<|im_end|>")
     trainer.train(model, rows, recipe, tiny_base.parent / "moves")
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
@@ -101,7 +101,7 @@ def test_a_run_looks_when_told_stops_early_and_keeps_its_best_weights(tiny_base,
     recipe = replace(RECIPES["tiny"], epochs=20, eval_every=2, patience=2)
     model = trainer.attach(load_base(located), recipe)
     tokenizer = load_tokenizer(located)
-    rows = [encode(tokenizer, example, 384, "<|im_end|>") for example in load([str(TAUGHT)])][:8]
+    rows = encode(tokenizer, load([str(TAUGHT)]), 384, "<|im_end|>")[:8]
     losses, seen = iter([3.0, 2.0, 2.5, 2.0, 9.0]), []
 
     def measure():

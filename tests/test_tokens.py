@@ -24,8 +24,7 @@ def tutorial(tokenizer, question, answer, max_length=384):
 def test_rows_equal_the_tutorials_id_for_id_and_label_for_label(tokenizer):
     examples = load([str(TAUGHT)])
     assert len(examples) == 8
-    for example in examples:
-        row = encode(tokenizer, example, 384, "<|endoftext|>")
+    for example, row in zip(examples, encode(tokenizer, examples, 384, "<|endoftext|>"), strict=True):
         assert (row.input_ids, row.labels) == tutorial(tokenizer, example.question, example.answer)
 
 
@@ -35,24 +34,24 @@ def example(*turns, answer):
 
 
 def test_a_row_too_long_keeps_its_terminator(tokenizer):
-    row = encode(tokenizer, example("问", answer="答" * 200), 200, "<|im_end|>")
+    [row] = encode(tokenizer, [example("问", answer="答" * 200)], 200, "<|im_end|>")
     assert len(row.input_ids) == 200
     assert row.labels[-1] == row.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_a_row_too_long_loses_its_oldest_turns_first(tokenizer):
-    row = encode(tokenizer, example("甲" * 90, "乙" * 90, "你是谁？", answer="臣妾。"), 200, "<|im_end|>")
+    [row] = encode(tokenizer, [example("甲" * 90, "乙" * 90, "你是谁？", answer="臣妾。")], 200, "<|im_end|>")
     text = tokenizer.decode(row.input_ids)
     assert "甲" not in text and text.endswith("你是谁？<|im_end|>\n<|im_start|>assistant\n臣妾。<|im_end|>")
     assert row.learned == len("臣妾。".encode()) + 1
 
 
 def test_only_the_reply_is_learned(tokenizer):
-    row = encode(tokenizer, example("你是谁？", answer="臣妾。"), 384, "<|im_end|>")
+    [row] = encode(tokenizer, [example("你是谁？", answer="臣妾。")], 384, "<|im_end|>")
     learned = [i for i, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORED]
     assert tokenizer.decode(learned) == "臣妾。<|im_end|>"
 
 
 def test_a_question_too_long_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"own\.jsonl, row 3"):
-        encode(tokenizer, example("问" * 500, answer="答"), 200, "<|im_end|>")
+        encode(tokenizer, [example("早", answer="早。"), example("问" * 500, answer="答")], 200, "<|im_end|>")

@@ -128,7 +128,7 @@ def swaps(held_out: Sequence[Example]) -> list[tuple[Example, Example]]:
 def swap_margin(model: Any, tokenizer: Any, pairs: Sequence[tuple[Example, Example]], recipe: Recipe) -> dict[str, Any]:
     """By how many nats per token her own replies are likelier than the others' lines: the mean over prompts."""
     hers, others = (
-        row_losses(model, [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in side])
+        row_losses(model, encode(tokenizer, side, recipe.max_length, recipe.terminator))
         for side in zip(*pairs, strict=True)
     )
     margins = [other.per_token - own.per_token for own, other in zip(hers, others, strict=True)]
@@ -138,7 +138,7 @@ def swap_margin(model: Any, tokenizer: Any, pairs: Sequence[tuple[Example, Examp
 
 def neutral(tokenizer: Any) -> list[Encoded]:
     """The neutral sentences as a base reads text: no prompt, no template, all of it in the loss but the first token."""
-    ids = [reply_ids(tokenizer, sentence, PAD) for sentence in NEUTRAL]
+    ids = reply_ids(tokenizer, NEUTRAL, PAD)
     return [Encoded(row, [IGNORED, *row[1:]]) for row in ids]
 
 
@@ -229,7 +229,7 @@ def listen(model: Any, tokenizer: Any, recipe: Recipe, learned: Sequence[Example
     sampling = Sampling(max_new_tokens=recipe.reply_tokens, seed=SEED)
     numbers: dict[str, Any] = {}
     if held_out:
-        rows = [encode(tokenizer, e, recipe.max_length, recipe.terminator) for e in held_out]
+        rows = encode(tokenizer, held_out, recipe.max_length, recipe.terminator)
         numbers |= heldout(model, rows, held_out)
     if pairs := swaps(held_out):
         numbers |= swap_margin(model, tokenizer, pairs, recipe)

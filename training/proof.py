@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chat.prompt import prompt_ids
+from chat.prompt import all_prompt_ids
 from training import ranks
 from training.data import Example
 from training.fast import Step, collate, seed
@@ -56,8 +56,8 @@ def show_row(tokenizer: "PreTrainedTokenizerFast", row: Encoded) -> str:
 def check_parity(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
     """Every row must begin with the ids that the chat would send, and learn nothing of them. Raises ValueError."""
     whole = 0
-    for example, row in zip(examples, rows, strict=True):
-        served = prompt_ids(tokenizer, example.turns)
+    sent = all_prompt_ids(tokenizer, [example.turns for example in examples])
+    for example, row, served in zip(examples, rows, sent, strict=True):
         if row.input_ids[: len(served)] != served:
             continue  # trimmed to fit: its prompt is a shorter one
         whole += 1

@@ -291,7 +291,7 @@ def _locate(base: str) -> Any:
 def _encode(tokenizer: Any, examples: list[Any], recipe: Recipe) -> list[Any]:
     from training.tokens import encode
 
-    return [encode(tokenizer, example, recipe.max_length, recipe.terminator) for example in examples]
+    return encode(tokenizer, examples, recipe.max_length, recipe.terminator)
 
 
 def _record(

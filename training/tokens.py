@@ -1,9 +1,10 @@
 """Example to ids and labels, through the prompt that the chat uses: only the reply is learned."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chat.prompt import prompt_ids, reply_ids, trim
+from chat.prompt import all_prompt_ids, reply_ids, trim
 from training.data import Example
 
 if TYPE_CHECKING:
@@ -25,19 +26,35 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels)
 
 
-def encode(tokenizer: "PreTrainedTokenizerFast", example: Example, max_length: int, terminator: str) -> Encoded:
-    """Ids of prompt and reply, at most `max_length`.
+def encode(
+    tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], max_length: int, terminator: str
+) -> list[Encoded]:
+    """Ids of prompt and reply of each example, at most `max_length`.
 
     A row too long loses its oldest turns first, then the end of its reply; the terminator stays. Raises ValueError
     naming file and row when the question alone leaves no room for a reply.
     """
-    reply = reply_ids(tokenizer, example.answer, terminator)
-    prompt = prompt_ids(tokenizer, example.turns)
-    if len(prompt) + len(reply) > max_length:
-        room = max(1, max_length - max(2, min(len(reply), max_length // 2)))
-        try:
-            _, prompt = trim(tokenizer, example.turns, room)
-        except ValueError as error:
-            raise ValueError(f"{example.source}, row {example.row}: {error}") from error
-        reply = [*reply[:-1][: max_length - len(prompt) - 1], reply[-1]]
+    if not examples:
+        return []
+    prompts = all_prompt_ids(tokenizer, [example.turns for example in examples])
+    replies = reply_ids(tokenizer, [example.answer for example in examples], terminator)
+    rows = zip(examples, prompts, replies, strict=True)
+    return [
+        _row(*(ids if sum(map(len, ids)) <= max_length else _cut(tokenizer, example, ids[1], max_length)))
+        for example, *ids in rows
+    ]
+
+
+def _row(prompt: list[int], reply: list[int]) -> Encoded:
     return Encoded(prompt + reply, [IGNORED] * len(prompt) + reply)
+
+
+def _cut(
+    tokenizer: "PreTrainedTokenizerFast", example: Example, reply: list[int], max_length: int
+) -> tuple[list[int], list[int]]:
+    room = max(1, max_length - max(2, min(len(reply), max_length // 2)))
+    try:
+        _, prompt = trim(tokenizer, example.turns, room)
+    except ValueError as error:
+        raise ValueError(f"{example.source}, row {example.row}: {error}") from error
+    return prompt, [*reply[:-1][: max_length - len(prompt) - 1], reply[-1]]
