@@ -41,7 +41,7 @@ EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked folder: a LoRA that fits its base and was trained under today's system prompt."""
+    """A checked folder: a LoRA or DoRA that fits its base and was trained under today's system prompt."""
 
     name: str
     folder: Path
@@ -59,7 +59,7 @@ class Adapter:
         _check_files(folder)
         config = _read(folder / CONFIG)
         _check_config(folder, config, located)
-        _check_weights(folder, int(config["r"]), located.config())
+        _check_weights(folder, config, located.config())
         recipe = _read(folder / RECIPE)
         if recipe.get("system_prompt") != SYSTEM_PROMPT:
             raise ValueError(
@@ -68,6 +68,11 @@ class Adapter:
             )
         metrics = _read(folder / METRICS) if (folder / METRICS).exists() else {}
         return cls(name, folder, recipe, metrics)
+
+    @property
+    def dora(self) -> bool:
+        """Whether it scales each output, too (DoRA, Liu et al. 2024)."""
+        return bool(_read(self.folder / CONFIG).get("use_dora"))
 
 
 def find(located: Located, root: Path = ROOT) -> tuple[list[Adapter], list[str]]:
@@ -174,8 +179,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_config(folder: Path, config: dict[str, Any], located: Located) -> None:
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
-        raise ValueError(f"{folder} is not a plain LoRA. Train one with `python -m training.run`.")
+    if config.get("peft_type") != "LORA" or config.get("modules_to_save"):
+        raise ValueError(f"{folder} is not a LoRA alone. Train one with `python -m training.run`.")
     if (base := config.get("base_model_name_or_path")) != located.base.name:
         raise ValueError(f"{folder} was trained on {base}, this base is {located.base.name}. Choose that base.")
     rank = config.get("r")
@@ -188,7 +193,7 @@ def _check_config(folder: Path, config: dict[str, Any], located: Located) -> Non
         raise ValueError(f"{folder} adapts {modules}; only {', '.join(LAYERS)} can be served. Train with those.")
 
 
-def _check_weights(folder: Path, rank: int, config: dict[str, Any]) -> None:
+def _check_weights(folder: Path, lora: dict[str, Any], base: dict[str, Any]) -> None:
     path = folder / WEIGHTS
     try:
         tensors = safetensors.deserialize(path.read_bytes())
@@ -196,7 +201,7 @@ def _check_weights(folder: Path, rank: int, config: dict[str, Any]) -> None:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). Copy the folder again.") from error
     if not tensors:
         raise ValueError(f"{path} holds no tensor. Train it again.")
-    expected = _expected_shapes(rank, config)
+    expected = _expected_shapes(lora["r"], base, bool(lora.get("use_dora")))
     for name, tensor in tensors:
         if name not in expected:
             raise ValueError(
@@ -212,12 +217,9 @@ def _check_weights(folder: Path, rank: int, config: dict[str, Any]) -> None:
                 f"{path}: {name} holds a value that is not finite. Train it again with a lower --learning-rate."
             )
     names = {name for name, _ in tensors}
-    if lone := [
-        name
-        for name in names
-        if name.replace("lora_A", "lora_?").replace("lora_B", "lora_A").replace("lora_?", "lora_B") not in names
-    ]:
-        raise ValueError(f"{path}: {lone[0]} has no partner. Copy the folder again.")
+    stems = {name.rpartition(".lora_")[0] for name in names}
+    if lone := sorted(name for name in expected if name not in names and name.rpartition(".lora_")[0] in stems):
+        raise ValueError(f"{path} lacks {lone[0]}, of a layer that it adapts. Copy the folder again.")
 
 
 def _finite(tensor: dict[str, Any]) -> bool:
@@ -229,8 +231,8 @@ def _finite(tensor: dict[str, Any]) -> bool:
     return not bool(((bits & mask) == mask).any())
 
 
-def _expected_shapes(rank: int, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Shapes of every LoRA tensor a Qwen2 base can take: A is (rank, in), B is (out, rank)."""
+def _expected_shapes(rank: int, config: dict[str, Any], dora: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shapes of every LoRA tensor a Qwen2 base can take: A is (rank, in), B is (out, rank), DoRA's magnitude (out,)."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     kv = hidden // heads * config.get("num_key_value_heads", heads)
@@ -243,12 +245,13 @@ def _expected_shapes(rank: int, config: dict[str, Any]) -> dict[str, tuple[int, 
         "mlp.up_proj": (hidden, inner),
         "mlp.down_proj": (inner, hidden),
     }
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(config["num_hidden_layers"]):
         for module, (into, out) in sizes.items():
             stem = f"base_model.model.model.layers.{layer}.{module}"
             shapes[f"{stem}.lora_A.weight"] = (rank, into)
             shapes[f"{stem}.lora_B.weight"] = (out, rank)
+            shapes |= {f"{stem}.lora_magnitude_vector": (out,)} if dora else {}
     return shapes
 
 

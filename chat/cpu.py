@@ -65,8 +65,10 @@ class Product:
         weights = [base[f"{layer}.weight"] for layer in layers]
         bias = [base[f"{layer}.bias"].float() for layer in layers if f"{layer}.bias" in base]
         self.layers, self.widths = layers, [len(weight) for weight in weights]
-        self.packed = _packed(torch.cat(weights), torch.cat(bias) if bias else None)
+        self.bias = torch.cat(bias) if bias else None
+        self.packed = _packed(torch.cat(weights), self.bias)
         self.adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.gains: dict[str, torch.Tensor] = {}
 
     def adapt(self, name: str, lora: Tensors, scale: float) -> None:
         """Add an adapter: its A beside one another, (in, ranks), its B as blocks on a diagonal, (ranks, out)."""
@@ -79,6 +81,22 @@ class Product:
         if downs:
             self.adapters[name] = torch.cat(downs).T.contiguous(), torch.block_diag(*ups).T.contiguous()
 
+    def scale(self, name: str, lora: Tensors, base: Tensors) -> None:
+        """Add what makes an adapter a DoRA: a factor for each output (Liu et al. 2024, equation 5).
+
+        It is the learned magnitude over the norm of the weight that the LoRA changes; a bias is added after it.
+        """
+        if name not in self.adapters:
+            return
+        down, up = self.adapters[name]
+        weights = torch.cat([base[f"{layer}.weight"].float() for layer in self.layers])
+        norms = weights.add_((down @ up).T).norm(dim=1).split(self.widths)
+        stems = [f"base_model.model.{layer}.lora_magnitude_vector" for layer in self.layers]
+        self.gains[name] = torch.cat([
+            lora[stem].float() / norm if stem in lora else torch.ones_like(norm)
+            for stem, norm in zip(stems, norms, strict=True)
+        ])  # fmt: skip
+
     def __call__(self, x: torch.Tensor, worn: Worn) -> torch.Tensor:
         """x of shape (rows, in) to (rows, out)."""
         y = cast("torch.Tensor", torch.ops.quantized.linear_dynamic_fp16(x, self.packed))
@@ -86,6 +104,9 @@ class Product:
             if name in self.adapters:
                 down, up = self.adapters[name]
                 y[rows].addmm_(x[rows] @ down, up)
+            if name in self.gains:
+                gain, bias = self.gains[name], 0 if self.bias is None else self.bias
+                y[rows].sub_(bias).mul_(gain).add_(bias)
         return y
 
 
@@ -119,7 +140,7 @@ class Packed:
     @torch.inference_mode()
     def __init__(self, folder: Path) -> None:
         """Read a base that `fits` from its folder and pack it, the layers side by side on all threads."""
-        config = AutoConfig.from_pretrained(folder)
+        self.folder, config = folder, AutoConfig.from_pretrained(folder)
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.epsilon = config.rms_norm_eps
@@ -135,19 +156,24 @@ class Packed:
         self.kept: deque[Kept] = deque(maxlen=KEPT)
 
     def load_adapter(self, folder: Path, name: str, **_: Any) -> None:
-        """Add an adapter that `chat.adapter` let through: a plain LoRA of one rank."""
+        """Add an adapter that `chat.adapter` let through: a LoRA or DoRA of one rank."""
         config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
         rank, alpha = config["r"], config["lora_alpha"]
         lora = load_file(folder / adapters.WEIGHTS)
         self.kept.clear()  # a name stands for these weights from now on
         for product in self._products():
             product.adapt(name, lora, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        if config.get("use_dora"):
+            with _opened(self.folder) as base:
+                for product in self._products():
+                    product.scale(name, lora, base)
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter."""
         self.worn = BASE_ONLY if self.worn == name else self.worn
         for product in self._products():
             product.adapters.pop(name, None)
+            product.gains.pop(name, None)
 
     def _products(self) -> Iterator[Product]:
         return (product for layer in self.layers for product in layer.products)

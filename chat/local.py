@@ -1,5 +1,6 @@
 """LocalEngine: transformers and PEFT in this process, one inference thread, each token streamed."""
 
+import itertools
 import logging
 import os
 import queue
@@ -179,8 +180,9 @@ def load(choice: str | None = None, bits: int = 16) -> Awaited:
     """
     require_bits(bits)
     located = dense(bases.locate(choice or best_base(bits)))
-    most = places() if bits == 16 else 1  # the decoder multiplies weights of 16
     adapters, refused = find(located)
+    quick = bits == 16 and not any(adapter.dora for adapter in adapters)  # the decoder knows neither
+    most = places() if quick else 1
     for sentence in refused:
         log.warning(sentence)
 
@@ -218,6 +220,7 @@ class LocalEngine:
         self.refused: list[str] = []
         self._served: list[str] = []
         self._digests: dict[str, str] = {}
+        self._unmixed = set() if packs else {adapter.name for adapter in adapters if adapter.dora}
         for adapter in adapters:
             self._admit(adapter)
         self.model.to(best_device())
@@ -351,7 +354,12 @@ class LocalEngine:
         if batch:
             work = self._join(batch, ids, adapters, sampling, cancel, pieces)
         else:
-            work = [self._thread.submit(self._reply, ids, adapters, sampling, cancel, pieces)]
+            alone = len(adapters) > 1 and not self._unmixed.isdisjoint(adapters)  # PEFT mixes no DoRA into a batch
+            groups = [[adapter] for adapter in adapters] if alone else [adapters]
+            work = [
+                self._thread.submit(self._reply, ids, group, sampling, cancel, pieces, row)
+                for row, group in enumerate(groups)
+            ]
         for part in work:
             part.add_done_callback(lambda _: pieces.put(None))
         try:
@@ -359,7 +367,7 @@ class LocalEngine:
                 while spoken := pieces.get():
                     yield spoken
             done: list[Any] = [part.result() for part in work]
-            for row, cost in enumerate(done if batch else done[0]):
+            for row, cost in enumerate(done if batch else itertools.chain(*done)):
                 yield row, Piece("", replace(cost, forgotten=len(turns) - len(kept)))
         finally:
             cancel.set()
@@ -391,6 +399,7 @@ class LocalEngine:
         sampling: Sampling,
         cancel: threading.Event,
         pieces: "queue.SimpleQueue[tuple[int, Piece] | None]",
+        first_row: int = 0,
     ) -> list[Cost]:
         """Generate on the inference thread, a row for each adapter; text goes into `pieces` token by token."""
         started = time.perf_counter()
@@ -398,7 +407,7 @@ class LocalEngine:
             return [Cost("cancelled", 0, 0, 0)] * len(adapters)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        voice = _Voice(self.tokenizer, pieces, len(adapters))
+        voice = _Voice(self.tokenizer, pieces, len(adapters), first_row)
         prompt = torch.tensor([ids] * len(adapters), device=self.model.device)
         with self._worn(adapters[0]) if len(adapters) == 1 else nullcontext():
             self.model.generate(
@@ -483,11 +492,12 @@ class _Voice(BaseStreamer):
         tokenizer: "PreTrainedTokenizerFast",
         pieces: "queue.SimpleQueue[tuple[int, Piece] | None]",
         rows: int,
+        first_row: int = 0,
     ) -> None:
         self.tokenizer = tokenizer.backend_tokenizer
         self.ends = ends(tokenizer)
         self.pieces = pieces
-        self.rows = [_Row() for _ in range(rows)]
+        self.rows, self.first_row = [_Row() for _ in range(rows)], first_row
         self.prompt_seen = False
         self.first: float | None = None
 
@@ -507,7 +517,7 @@ class _Voice(BaseStreamer):
         row.tokens += 1
         row.ended = token in self.ends
         if text := row.decoder.step(self.tokenizer, token):
-            self.pieces.put((number, Piece(text)))
+            self.pieces.put((self.first_row + number, Piece(text)))
         return row.ended
 
     def end(self) -> None:

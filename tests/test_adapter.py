@@ -31,7 +31,7 @@ def one(weights, part="q_proj.lora_A"):
 
 
 SPOILED = {
-    "is not a plain LoRA": lambda f: edit(f / CONFIG, peft_type="IA3"),
+    "is not a LoRA alone": lambda f: edit(f / CONFIG, peft_type="IA3"),
     "was trained on other/base, this base is tiny": lambda f: edit(f / CONFIG, base_model_name_or_path="other/base"),
     "has rank 4096": lambda f: edit(f / CONFIG, r=4096),
     "has a rank per layer": lambda f: edit(f / CONFIG, rank_pattern={"q_proj": 4}),
@@ -46,7 +46,9 @@ SPOILED = {
     ),
     "has shape": lambda f: reweigh(f, lambda w: w | {one(w): w[one(w)][:, :-1].contiguous()}),
     "is not finite": lambda f: reweigh(f, lambda w: w | {one(w): torch.full_like(w[one(w)], float("nan"))}),
-    "has no partner": lambda f: reweigh(f, lambda w: {n: t for n, t in w.items() if n != one(w)}),
+    "lacks .*lora_A.weight, of a layer that it adapts": lambda f: reweigh(
+        f, lambda w: {n: t for n, t in w.items() if n != one(w)}
+    ),
 }
 
 

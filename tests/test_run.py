@@ -264,13 +264,6 @@ def test_a_wrong_field_is_a_sentence_not_a_traceback(monkeypatch, tmp_path):
         main()
 
 
-def test_what_the_gate_would_refuse_at_the_end_is_refused_at_the_start(tiny_run):
-    job = tiny_run(dora=True)
-    with pytest.raises(ValueError, match="plain LoRA only"):
-        run(job)
-    assert not job.work.exists()
-
-
 def test_a_step_that_processes_cannot_share_is_refused(tiny_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"3 processes cannot share 2 batches.*keeps 8 rows"):

@@ -204,8 +204,6 @@ def _before(measure: Callable[[], dict[str, float]], laps: Laps, rows: int) -> f
 def _prepare(job: Run, output: Path, work: Path) -> None:
     """Refuse early what would be lost or mixed up later, and note the recipe beside its checkpoints."""
     check_name(output.name)
-    if job.recipe.dora:
-        raise ValueError("The chat serves plain LoRA only. Leave --dora out; `benchmarks/ablation.py` measures it.")
     _require_bits(job.recipe.bits)
     noted = work / RECIPE
     if job.resume:

@@ -408,19 +408,19 @@ def round_to_bf16(model: PeftModel) -> None:
     """Give the LoRA the values it will have on disk, so that what is measured is what is shipped."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter.dim() > 1:
                 parameter.copy_(parameter.to(torch.bfloat16).to(parameter.dtype))
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write adapter_config.json and the weights in bf16."""
+    """Write adapter_config.json and the weights in bf16, but a DoRA's magnitudes, which need more than three digits."""
     from peft import get_peft_model_state_dict
 
     from chat.adapter import WEIGHTS
 
     folder.mkdir(parents=True)
     weights = {
-        name: tensor.to(torch.bfloat16).contiguous().cpu()
+        name: (tensor.to(torch.bfloat16) if tensor.dim() > 1 else tensor).contiguous().cpu()
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})

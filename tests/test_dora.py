@@ -1,0 +1,103 @@
+"""A DoRA from its run to its replies: what is learned is what is served, packed or by PEFT."""
+
+import shutil
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from chat import cpu, local
+from chat.adapter import WEIGHTS, Adapter
+from chat.engine import BASE_ONLY, Sampling
+from chat.local import LocalEngine, load_base
+from chat.prompt import prompt_ids
+from tests.conftest import TAUGHT
+from training.recipe import TINY
+from training.run import Run, run
+
+ASK = [{"role": "user", "content": "你是谁？"}]
+GREEDY = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=20)
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_base, tmp_path_factory):
+    """The tiny adapter, trained as a DoRA."""
+    folder = tmp_path_factory.mktemp("dora")
+    recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), dora=True, held_out=0, probe_replies=0,
+                     long_chats=0, reply_tokens=1)  # fmt: skip
+    return run(Run(recipe=recipe, output=folder / "her", work=folder / "work"))
+
+
+@pytest.fixture
+def loud(learned, located, tmp_path):
+    """The same with magnitudes that nobody could overlook."""
+    folder = shutil.copytree(learned.folder, tmp_path / "loud")
+    weights = load_file(folder / WEIGHTS)
+    draw = torch.Generator().manual_seed(0)
+    factors = {n: t * (0.5 + torch.rand(t.shape, generator=draw)) for n, t in weights.items() if "magnitude" in n}
+    save_file(weights | factors, folder / WEIGHTS)
+    return Adapter.open(folder, located)
+
+
+def said(spoken):
+    texts = {}
+    for row, piece in spoken:
+        texts[row] = texts.get(row, "") + piece.text
+    return texts
+
+
+def test_a_run_learns_it_and_the_gate_opens_it(learned):
+    assert learned.dora
+    curve = learned.metrics["loss_curve"]
+    assert curve[-1][1] < curve[0][1] / 2
+    kinds = {
+        (name.rpartition(".lora_")[2], tensor.dtype) for name, tensor in load_file(learned.folder / WEIGHTS).items()
+    }
+    whole, half = torch.float32, torch.bfloat16  # of a magnitude half would leave three digits
+    assert kinds == {("A.weight", half), ("B.weight", half), ("magnitude_vector", whole)}
+
+
+def test_packed_logits_are_those_of_peft(loud, located, tokenizer):
+    model = PeftModel.from_pretrained(load_base(located), loud.folder).eval()
+    packed = cpu.Packed(located.path)
+    packed.load_adapter(loud.folder, "her")
+    packed.set_adapter("her")
+    ids = torch.tensor([prompt_ids(tokenizer, ASK)])
+    with torch.inference_mode():
+        worn = model(ids).logits
+        torch.testing.assert_close(packed(ids).logits, worn, atol=0.15, rtol=0)
+        for product in packed._products():
+            product.gains.clear()
+        assert (packed(ids).logits - worn).abs().max() > 1  # or the magnitudes were not seen at all
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_it_answers_beside_the_base_as_it_does_alone(learned, located, monkeypatch, packs):
+    monkeypatch.setattr(cpu, "fits", lambda _: packs)
+    engine = LocalEngine(located, [learned])
+    assert isinstance(engine.model, cpu.Packed) is packs
+    voices = [BASE_ONLY, "her"]
+    alone = ["".join(p.text for p in engine.stream(ASK, name, GREEDY, threading.Event())) for name in voices]
+    together = list(engine.compare(ASK, voices, GREEDY, threading.Event()))
+    assert said(together) == dict(enumerate(alone)) and alone[0] != alone[1]
+    assert [row for row, piece in together if piece.cost] == [0, 1]
+
+
+def test_a_magnitude_that_is_missing_is_named(learned, located, tmp_path):
+    folder = shutil.copytree(learned.folder, tmp_path / "her")
+    weights = load_file(folder / WEIGHTS)
+    lost = next(name for name in weights if "magnitude" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=f"lacks {lost}, of a layer that it adapts"):
+        Adapter.open(folder, located)
+
+
+def test_a_gpu_answers_one_at_a_time_with_it(learned, tiny_base, monkeypatch):
+    monkeypatch.setenv("ADAPTERS", f"her={learned.folder}")
+    monkeypatch.setattr(local, "places", lambda: 8)
+    monkeypatch.setattr(LocalEngine, "quicken", lambda *_: pytest.fail("quickened"))
+    served = local.load(str(tiny_base))
+    assert (served.most, served.wait().places) == (1, 1) and "her" in served.adapters
