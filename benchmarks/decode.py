@@ -167,7 +167,7 @@ def main() -> None:
         print(row, flush=True)
         results.save(name, rows, UNITS, base=chosen.base, **{"TB/s": round(rate / 1e12, 2)}, **more)
 
-    name = "serve-h100" if "H100" in results.machine() else "serve-gpu"
+    name = f"serve-{results.kind()}"
     note({"engine": "tutorial's generate", "batch": 1, "adapters": 1, **generated(model, 24)})
     began = now()
     company = Company(Decoder(model, ADAPTERS, 32, 2560))

@@ -36,6 +36,16 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
 
 
+def kind() -> str:
+    """What a file of results is called after: h100 of NVIDIA H100 80GB HBM3, gpu where no model is told so, or cpu."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    model = re.search(r"\b[A-Z]+\d+", torch.cuda.get_device_name())
+    return model[0].lower() if model else "gpu"
+
+
 def versions() -> dict[str, str]:
     """Of the packages that decide a speed, as far as they are here."""
     found = {}

@@ -58,7 +58,7 @@ def scale(chosen: argparse.Namespace) -> None:
         measured += _launch(count, ["ddp", "fast"], chosen)
         measured += _launch(count, ["fsdp2"], chosen) if count > 1 else []
     rows = compare(measured)
-    name = f"scale-{train.kind()}" + ("" if chosen.base == "7b" else f"-{Path(chosen.base).name}")
+    name = f"scale-{results.kind()}" + ("" if chosen.base == "7b" else f"-{Path(chosen.base).name}")
     results.save(name, rows, UNITS, base=chosen.base, random=chosen.random, dropout=0)
     print(results.table(name), flush=True)
 

@@ -159,14 +159,9 @@ def table(chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded], t
         for line in lines:
             line["of_ceiling"] = round(100 * floor / line["step_seconds"], 1)
         more |= {"ceiling TFLOP/s": round(rate / 1e12), "floor seconds a step": round(floor, 4)}
-    name = f"train-{kind()}" + ("" if chosen.base == "7b" else f"-{chosen.base}")
+    name = f"train-{results.kind()}" + ("" if chosen.base == "7b" else f"-{chosen.base}")
     results.save(name, lines, UNITS, **more)
     print(results.table(name), "\n", more, flush=True)
-
-
-def kind() -> str:
-    """What a file of results is called after."""
-    return "cpu" if not torch.cuda.is_available() else "h100" if "H100" in results.machine() else "gpu"
 
 
 def load(chosen: argparse.Namespace) -> tuple[Recipe, Any, list[Encoded]]:

@@ -179,7 +179,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_config(folder: Path, config: dict[str, Any], located: Located) -> None:
-    if config.get("peft_type") != "LORA" or config.get("modules_to_save"):
+    if config.get("peft_type") != "LORA" or any(config.get(more) for more in ("modules_to_save", "lora_bias")):
         raise ValueError(f"{folder} is not a LoRA alone. Train one with `python -m training.run`.")
     if (base := config.get("base_model_name_or_path")) != located.base.name:
         raise ValueError(f"{folder} was trained on {base}, this base is {located.base.name}. Choose that base.")

@@ -49,6 +49,8 @@ def _halves(layers: Sequence[Any], plain: Sequence[Any], adapters: Sequence[str]
     second = weight.new_zeros(len(adapters), sum(outs), rank)
     for a, name in enumerate(adapters):
         for g, (layer, rows) in enumerate(zip(layers, second[a].split(outs), strict=True)):
+            if getattr(layer, "use_dora", {}).get(name):
+                raise RuntimeError(f"the decoder knows no DoRA, and {name} is one")
             if name in getattr(layer, "lora_A", ()):
                 own = layer.r[name]
                 first[a, g, :own] = layer.lora_A[name].weight.data

@@ -181,8 +181,10 @@ def load(choice: str | None = None, bits: int = 16) -> Awaited:
     require_bits(bits)
     located = dense(bases.locate(choice or best_base(bits)))
     adapters, refused = find(located)
-    quick = bits == 16 and not any(adapter.dora for adapter in adapters)  # the decoder knows neither
-    most = places() if quick else 1
+    most = places() if bits == 16 else 1  # the decoder multiplies weights of 16
+    if most > 1 and (doras := [adapter.name for adapter in adapters if adapter.dora]):
+        log.warning("Visitors are answered one at a time, as %s is a DoRA. Leave it out to serve many.", doras[0])
+        most = 1
     for sentence in refused:
         log.warning(sentence)
 
@@ -275,7 +277,7 @@ class LocalEngine:
 
     def _admit(self, adapter: Adapter) -> None:
         """Load an adapter, and refuse it when it leaves the logits as they are or makes them infinite."""
-        fp32 = self.model.dtype == torch.float32
+        fp32 = self.model.dtype == torch.float32 or adapter.dora  # half precision would blur its magnitudes
         if _wears(self.model):
             self.model.load_adapter(adapter.folder, adapter.name, autocast_adapter_dtype=fp32)
         else:

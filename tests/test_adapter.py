@@ -32,6 +32,7 @@ def one(weights, part="q_proj.lora_A"):
 
 SPOILED = {
     "is not a LoRA alone": lambda f: edit(f / CONFIG, peft_type="IA3"),
+    "not a LoRA alone": lambda f: edit(f / CONFIG, lora_bias=True),
     "was trained on other/base, this base is tiny": lambda f: edit(f / CONFIG, base_model_name_or_path="other/base"),
     "has rank 4096": lambda f: edit(f / CONFIG, r=4096),
     "has a rank per layer": lambda f: edit(f / CONFIG, rank_pattern={"q_proj": 4}),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from chat import cpu, local
 from chat.adapter import WEIGHTS, Adapter
+from chat.decoder import Decoder
 from chat.engine import BASE_ONLY, Sampling
 from chat.local import LocalEngine, load_base
 from chat.prompt import prompt_ids
@@ -58,6 +59,18 @@ def test_a_run_learns_it_and_the_gate_opens_it(learned):
     }
     whole, half = torch.float32, torch.bfloat16  # of a magnitude half would leave three digits
     assert kinds == {("A.weight", half), ("B.weight", half), ("magnitude_vector", whole)}
+
+
+def test_magnitudes_are_learned_and_served_whole_on_a_base_in_half_precision(learned, located, monkeypatch):
+    real = local.load_base
+    monkeypatch.setattr(local, "load_base", lambda *given: real(*given).to(torch.bfloat16))
+    monkeypatch.setattr(cpu, "fits", lambda _: False)
+    model = LocalEngine(located, [learned]).model
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    magnitude, norms = layer.lora_magnitude_vector["her"].weight, layer.base_layer.weight.float().norm(dim=1)
+    assert magnitude.dtype == torch.float32 and ((magnitude / norms - 1).abs() > 0.01).any()
+    with pytest.raises(RuntimeError, match="knows no DoRA, and her is one"):
+        Decoder(model, ["her"], 2, 64)
 
 
 def test_packed_logits_are_those_of_peft(loud, located, tokenizer):

@@ -99,7 +99,7 @@ HUANHUAN_PLUS = Recipe(
     gradient_checkpointing=True,
 )
 
-# Who she is, and that she stays so, stands in these files alone: they are read twice.
+# Who she is, and that she stays so, stands in these files alone: the smaller bases read them more often.
 FACTS = tuple(
     f"dataset/{name}.jsonl"
     for name in (
@@ -122,8 +122,8 @@ POCKET = Recipe(
     reply_tokens=128,
 )
 
-# The same on three times the base, which learns the facts in fewer looks at the script. Half the rank: its weights take
-# the same 9 MB, which a git repository bears.
+# The same on three times the base, with as many looks at the facts and fewer at the script, which it overfits sooner.
+# Half the rank: its weights take the same 9 MB, which a git repository bears.
 MEDIUM = replace(
     POCKET,
     name="medium",
