@@ -4,12 +4,13 @@ python -m benchmarks.serve [--cpu] [--base small] [--rounds 8] [--tokens 48]
 
 All engines are in one process and asked in turn, so that a busy machine slows all alike; ratios are medians of those
 within a round. Greedy, without an end, a new question each round; the tenth turn of a chat follows nine that the same
-engine has read. --cpu leaves a GPU alone.
+engine has read. A GPU is measured by `benchmarks.decode`, with its flags, unless --cpu leaves it alone.
 """
 
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -181,16 +182,19 @@ def on_cpu(picked: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure what this machine has."""
+    if "--cpu" in sys.argv:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch asks for one
+    elif torch.cuda.is_available():
+        from benchmarks import decode
+
+        decode.main()
+        return
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cpu", action="store_true", help="on the CPU, even where there is a GPU")
     parser.add_argument("--base", default="small")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48, help="of each reply")
     picked = parser.parse_args()
-    if picked.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch asks for one
-    if torch.cuda.is_available():
-        parser.error("python -m benchmarks.decode measures a GPU; --cpu measures the CPU")
     on_cpu(picked)
 
 

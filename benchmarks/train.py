@@ -73,7 +73,7 @@ class Clock(TrainerCallback):
 def build(base: str, made_up: bool, recipe: Recipe, profile: str) -> Any:
     """The base, real or of random weights, with a fresh LoRA."""
     if not made_up:
-        return trainer.attach(local.load_base(local.dense(locate(base))), recipe, profile)
+        return trainer.attach(local.load_base(local.dense(locate(base)), bits=recipe.bits), recipe, profile)
     torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.device(local.best_device()):
         model: PreTrainedModel = Qwen2ForCausalLM._from_config(ARCHITECTURE, dtype=torch.bfloat16)

@@ -144,8 +144,14 @@ def test_what_is_shipped_can_be_written_again_byte_for_byte(recipe, tmp_path):
 @pytest.mark.parametrize("recipe", SHIPPED)
 def test_what_is_shipped_was_trained_on_the_data_that_stands(recipe):
     recorded = json.loads((ROOT / recipe.name / METRICS).read_text(encoding="utf-8"))["data"]
-    ours = data.record([str(ROOT.parent / "dataset")])
+    ours = data.record([str(ROOT.parent / name) for name in recipe.dataset[1:]])
     assert recorded == [{"file": "huanhuan.json", "sha256": data.FULL_SHA256}, *ours]
+
+
+def test_the_first_adapter_was_trained_on_all_there_is():
+    folder = ROOT.parent / "dataset"
+    read = {path for name in POCKET.dataset[1:] for path in data._paths(str(ROOT.parent / name))}
+    assert read == set(folder.rglob("*.jsonl")) and POCKET.dataset[0] == "huanhuan"
 
 
 def test_a_run_too_short_for_a_curve_has_a_card_all_the_same(folder):

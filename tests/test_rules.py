@@ -119,7 +119,7 @@ def test_what_she_is_measured_by_does_not_stand_in_the_data():
         """Without punctuation, so that a question mark more or less does not hide a question."""
         return re.sub(r"\W", "", text)
 
-    files = (ROOT / "dataset").glob("*.jsonl")
+    files = (ROOT / "dataset").rglob("*.jsonl")
     rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     asked = {bare(turn["content"]) for row in rows for turn in row["messages"]}
     measured = [probe.question for probe in (*PROBES, *CANON, *ATTACKS)]

@@ -60,7 +60,7 @@ def main() -> None:
 
 def ours() -> list[Path]:
     """The files of our own dialogues."""
-    return sorted(FOLDER.glob("*.jsonl"))
+    return sorted(FOLDER.rglob("*.jsonl"))
 
 
 def read(file: Path) -> list[Dialogue]:

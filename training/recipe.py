@@ -89,11 +89,13 @@ class Recipe:
 # are held out here unless --held-out 0 is given. It ends replies with the pad token.
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
+PLUS = "dataset/plus"  # the facts once more, and who else she is not
+
 # All that there is, on the 7B. What each choice is worth was measured on the smaller bases alone.
 HUANHUAN_PLUS = Recipe(
     name="huanhuan-plus",
     base="7b",
-    dataset=("huanhuan", "dataset"),
+    dataset=("huanhuan", "dataset", PLUS),
     schedule="cosine",
     warmup=0.05,
     gradient_checkpointing=True,
@@ -110,28 +112,25 @@ FACTS = tuple(
 POCKET = Recipe(
     name="pocket",
     base="small",
-    dataset=("huanhuan", "dataset", *FACTS),
+    dataset=("huanhuan", "dataset", PLUS, *FACTS, PLUS, *FACTS, PLUS),
     dropout=0.2,
     batch_size=16,
-    accumulation=1,
-    epochs=3,
-    learning_rate=3e-4,
+    learning_rate=1e-3,
     schedule="cosine",
     warmup=0.05,
     probe_replies=500,
     reply_tokens=128,
 )
 
-# The same on three times the base, with as many looks at the facts and fewer at the script, which it overfits sooner.
-# Half the rank: its weights take the same 9 MB, which a git repository bears.
+# The same on three times the base, which overfits the script sooner, and still without dataset/plus: it was trained
+# before that was written. Half the rank: its weights take the same 9 MB, which a git repository bears.
 MEDIUM = replace(
     POCKET,
     name="medium",
     base="medium",
-    dataset=(*POCKET.dataset, *FACTS),
+    dataset=("huanhuan", "dataset", *FACTS, *FACTS),
     rank=4,
     alpha=16,
-    accumulation=4,
     epochs=2,
     learning_rate=6e-4,
 )
@@ -143,6 +142,7 @@ TINY = replace(
     base="tests/tiny",
     dataset=("tests/data/tiny.jsonl",),
     batch_size=4,
+    accumulation=1,
     epochs=20,
     learning_rate=1e-2,
     schedule="linear",

@@ -1,0 +1,116 @@
+"""What the 7B takes in 16, 8 and 4 bits: memory and speed of the chat and of training, an adapter on it.
+
+python -m benchmarks.bits [--base 7b|FOLDER] [--random] [--bits 16 8 4] [--steps 6]
+
+Chat: a question of 60 tokens answered by `generate`, as the page does in fewer bits than 16, then the longest prompt
+that the page takes; GB are the most that tensors took. Training: some steps of the faithful profile, the tutorial's
+recipe. --random writes the 7B's architecture with random weights to a temporary folder first, 15 GB.
+"""
+
+import argparse
+import gc
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2ForCausalLM
+
+from benchmarks import results, train
+from benchmarks.decode import a_prompt, generated
+from chat import local
+from chat.base import locate
+from training import data
+from training.recipe import HUANHUAN
+from training.tokens import encode
+from training.trainer import attach
+
+UNITS = {
+    "weights_gb": "GB", "load_seconds": "s", "tokens_per_second": "tokens/s", "first_token_ms": "ms", "chat_gb": "GB",
+    "step_seconds": "s", "run_seconds": "s", "training_gb": "GB",
+}  # fmt: skip
+
+
+@contextmanager
+def made_up() -> Iterator[Path]:
+    """A folder with the 7B's architecture, weights at random, and the small base's tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_made_up(Path(folder))
+        yield Path(folder)
+
+
+def write_made_up(folder: Path) -> None:
+    """The files of such a base."""
+    with torch.device(local.best_device()):
+        model = Qwen2ForCausalLM._from_config(train.ARCHITECTURE, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    local.load_tokenizer(local.dense(locate("small"))).save_pretrained(folder)
+
+
+def chat(base: str, bits: int) -> dict[str, Any]:
+    """Read the base and answer with a fresh adapter on it."""
+    began = time.perf_counter()
+    model: Any = local.load_base(local.dense(locate(base)), bits=bits)
+    seconds = time.perf_counter() - began
+    weights = torch.cuda.memory_allocated()
+    model = attach(model, replace(HUANHUAN, gradient_checkpointing=False)).eval()
+    row: dict[str, Any] = {"bits": bits, "weights_gb": round(weights / 1e9, 2), "load_seconds": round(seconds, 1)}
+    row |= generated(model, 48)
+    torch.cuda.reset_peak_memory_stats()
+    ids = torch.tensor([a_prompt(local.PROMPT_TOKENS, 2)], device=model.device)
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return row | {"chat_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+
+
+def training(base: str, bits: int, steps: int) -> dict[str, Any]:
+    """Some steps of the tutorial's recipe, carried over to the whole run."""
+    chosen = argparse.Namespace(base=base, random=False, steps=steps, whole=False)
+    recipe = replace(HUANHUAN, bits=bits)
+    tokenizer = local.load_tokenizer(local.dense(locate(base)))
+    rows = encode(tokenizer, data.load(recipe.dataset), recipe.max_length, recipe.terminator)
+    taken = train.measure("faithful", chosen, recipe, rows, tokenizer)
+    peak = round(taken["peak_gib"] * 2**30 / 1e9, 1)
+    return {name: taken[name] for name in ("step_seconds", "run_seconds", "forecast")} | {"training_gb": peak}
+
+
+def measure(base: str, picked: argparse.Namespace) -> None:
+    """A row for each number of bits, kept as soon as it is known."""
+    rows: list[dict[str, Any]] = []
+    for bits in picked.bits:
+        row = chat(base, bits)
+        clear()
+        rows.append(row | training(base, bits, picked.steps))
+        clear()
+        print(rows[-1], flush=True)
+        results.save(f"bits-{results.kind()}", rows, UNITS, base=picked.base, prompt_tokens=local.PROMPT_TOKENS)
+    print(results.table(f"bits-{results.kind()}"))
+
+
+def clear() -> None:
+    """Give back what a measurement held."""
+    gc.collect()  # a Trainer refers to itself, and keeps its model
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bits", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--base", default="7b")
+    parser.add_argument("--random", action="store_true", help="the 7B's architecture with random weights")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16, 8, 4])
+    parser.add_argument("--steps", type=int, default=6, help="of training")
+    picked = parser.parse_args()
+    if picked.random:
+        with made_up() as folder:
+            measure(str(folder), picked)
+    else:
+        measure(picked.base, picked)
+
+
+if __name__ == "__main__":
+    main()
