@@ -54,6 +54,11 @@ def test_the_histogram_counts_every_row_and_token(rows):
     assert sum(int(line.split()[-1]) for line in text.splitlines()[:-1]) == 8
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(43.4, "43 s"), (119.9, "120 s"), (222, "3.7 min")])
+def test_a_forecast_tells_seconds_where_minutes_would_hide_them(seconds, said):
+    assert str(proof.Forecast(3, 1000, seconds, 2 * 10**9)) == f"3 steps, 1,000 tokens, {said}, 2.0 GB"
+
+
 def test_the_forecast_counts_steps_as_trainer_does_and_leaves_no_gradient(located, rows):
     from training.trainer import attach
 

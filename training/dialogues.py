@@ -1,7 +1,8 @@
 """Check our own dialogues: `python -m training.dialogues [FILES]`.
 
-Names by file and row each turn that shares eight characters with the fetched set, reply that stands twice, assistant's
-phrase, word of our time that the visitor did not bring, and statement against dataset/canon.md.
+Names by file and row each turn that shares eight characters with the fetched set, question that the evaluation asks,
+reply that stands twice, assistant's phrase, word of our time that the visitor did not bring, and statement against
+dataset/canon.md.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from chat.fetch import Unavailable
 from chat.persona import SCENES
 from training.canon import contradictions
 from training.data import FULL_FILE, load
-from training.probes import ASSISTANT_PHRASES
+from training.probes import ASSISTANT_PHRASES, ATTACKS, CANON, PROBES
 
 FOLDER = FULL_FILE.parent
 OVERLAP = 8  # characters in a row; shorter runs stand in any two texts of the palace
@@ -85,15 +86,26 @@ def runs_of_the_set() -> set[str]:
 
 def runs(text: str) -> list[str]:
     """The runs of eight characters, punctuation and spaces left out."""
-    bare = re.sub(r"[\W_]", "", text)
-    return [bare[start : start + OVERLAP] for start in range(len(bare) - OVERLAP + 1)]
+    letters = bare(text)
+    return [letters[start : start + OVERLAP] for start in range(len(letters) - OVERLAP + 1)]
+
+
+def bare(text: str) -> str:
+    """Without punctuation and spaces."""
+    return re.sub(r"[\W_]", "", text)
 
 
 def faults(dialogues: Sequence[Dialogue], fetched: set[str]) -> Iterator[str]:
     """A sentence for each thing to repair, which names the row and says what to do."""
+    asked = {bare(probe.question) for probe in (*PROBES, *CANON, *ATTACKS)}
     for dialogue in dialogues:
-        for fault in (*_borrowed(dialogue, fetched), *_out_of_voice(dialogue), *_against_canon(dialogue)):
-            yield f"{dialogue.place}: {fault}"
+        found = (
+            *_borrowed(dialogue, fetched),
+            *_examined(dialogue, asked),
+            *_out_of_voice(dialogue),
+            *_against_canon(dialogue),
+        )
+        yield from (f"{dialogue.place}: {fault}" for fault in found)
     yield from _repeated(dialogues)
 
 
@@ -101,6 +113,12 @@ def _borrowed(dialogue: Dialogue, fetched: set[str]) -> Iterator[str]:
     for turn in (turn for exchange in dialogue.exchanges for turn in exchange):
         if run := next((run for run in runs(turn) if run in fetched), None):
             yield f"{turn} shares {run} with the fetched set. Say it in other words."
+
+
+def _examined(dialogue: Dialogue, asked: set[str]) -> Iterator[str]:
+    for question, _ in dialogue.exchanges:
+        if bare(question) in asked:
+            yield f"{question} is what the evaluation asks, and would only be learned by heart. Ask something else."
 
 
 def _out_of_voice(dialogue: Dialogue) -> Iterator[str]:
@@ -123,10 +141,10 @@ def _repeated(dialogues: Iterable[Dialogue]) -> Iterator[str]:
     first: dict[str, str] = {}
     for dialogue in dialogues:
         for _, reply in dialogue.exchanges:
-            bare = re.sub(r"[\W_]", "", reply)
-            if bare in first:
-                yield f"{dialogue.place}: {reply} stands in {first[bare]} already. Rewrite one of the two."
-            first.setdefault(bare, dialogue.place)
+            letters = bare(reply)
+            if letters in first:
+                yield f"{dialogue.place}: {reply} stands in {first[letters]} already. Rewrite one of the two."
+            first.setdefault(letters, dialogue.place)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,13 @@ class Forecast:
     memory: int  # bytes: of the GPU, else of this process
 
     def __str__(self) -> str:
-        return f"{self.steps} steps, {self.tokens:,.0f} tokens, {self.seconds / 60:.1f} min, {self.memory / 1e9:.1f} GB"
+        lasts = duration(self.seconds)
+        return f"{self.steps} steps, {self.tokens:,.0f} tokens, {lasts}, {self.memory / 1e9:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """In minutes, or below two of them in seconds."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def show_row(tokenizer: "PreTrainedTokenizerFast", row: Encoded) -> str:

@@ -131,7 +131,8 @@ def run(job: Run, api: Any = None) -> Adapter | None:
         return None
     seconds = laps.end("training")
     del step  # and what it recorded, which measuring has better use for
-    log.info("Actual:   %d steps, %.1f min, %.1f GB", expected.steps, seconds / 60, proof.memory_in_use() / 1e9)
+    used = f"{proof.duration(seconds)}, {proof.memory_in_use() / 1e9:.1f} GB"
+    log.info("Actual:   %d steps, %s", expected.steps, used)
 
     model = trainer.whole(model, partial(local.load_base, located), recipe)
     trainer.round_to_bf16(model)
