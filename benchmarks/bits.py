@@ -31,7 +31,7 @@ from training.trainer import attach
 
 UNITS = {
     "weights_gb": "GB", "load_seconds": "s", "tokens_per_second": "tokens/s", "first_token_ms": "ms", "chat_gb": "GB",
-    "step_seconds": "s", "run_seconds": "s", "training_gb": "GB",
+    "step_seconds": "s", "run_seconds": "s", "training_gb": "GB", "forecast": "of the actual",
 }  # fmt: skip
 
 

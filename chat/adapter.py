@@ -33,7 +33,15 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 MODELSCOPE = "modelscope:"  # begins a place that is on ModelScope; without it, USER/NAME is on the Hub
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What PEFT may have set of an adapter that can be served. Any other option means more than LoRA's two products.
+OPTIONS = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "init_lora_weights", "bias",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+DRAWN = (None, True, False, "gaussian", "orthogonal")  # beginnings that leave the base's weights alone
 MAX_RANK = 64
+MAX_ALPHA = 4096
 MAX_BYTES = 1 << 30
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
@@ -179,8 +187,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_config(folder: Path, config: dict[str, Any], located: Located) -> None:
-    if config.get("peft_type") != "LORA" or any(config.get(more) for more in ("modules_to_save", "lora_bias")):
-        raise ValueError(f"{folder} is not a LoRA alone. Train one with `python -m training.run`.")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} is not a LoRA. Train one with `python -m training.run`.")
     if (base := config.get("base_model_name_or_path")) != located.base.name:
         raise ValueError(f"{folder} was trained on {base}, this base is {located.base.name}. Choose that base.")
     rank = config.get("r")
@@ -188,9 +196,21 @@ def _check_config(folder: Path, config: dict[str, Any], located: Located) -> Non
         raise ValueError(f"{folder} has rank {rank!r}; 1 to {MAX_RANK} can be served. Train with a smaller --rank.")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError(f"{folder} has a rank per layer; one rank for all can be served. Train with one --rank.")
+    _check_options(folder, config)
     modules = config.get("target_modules")
     if not isinstance(modules, list) or not modules or set(modules) - set(LAYERS):
         raise ValueError(f"{folder} adapts {modules}; only {', '.join(LAYERS)} can be served. Train with those.")
+
+
+def _check_options(folder: Path, config: dict[str, Any]) -> None:
+    more = [name for name, value in config.items() if value and name not in OPTIONS]
+    more += ["bias"] if config.get("bias", "none") != "none" else []
+    more += ["init_lora_weights"] if config.get("init_lora_weights") not in DRAWN else []
+    if more:
+        raise ValueError(f"{folder} is not a LoRA alone: it sets {more[0]}. Train one with `python -m training.run`.")
+    for name, least, most in (("lora_alpha", 0, MAX_ALPHA), ("lora_dropout", 0, 1)):
+        if not isinstance(value := config.get(name, 0), int | float) or not least <= value <= most:
+            raise ValueError(f"{folder} has {name} {value!r}; it may be {least} to {most}. Copy the folder again.")
 
 
 def _check_weights(folder: Path, lora: dict[str, Any], base: dict[str, Any]) -> None:

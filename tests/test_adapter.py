@@ -31,8 +31,14 @@ def one(weights, part="q_proj.lora_A"):
 
 
 SPOILED = {
-    "is not a LoRA alone": lambda f: edit(f / CONFIG, peft_type="IA3"),
-    "not a LoRA alone": lambda f: edit(f / CONFIG, lora_bias=True),
+    "is not a LoRA. Train": lambda f: edit(f / CONFIG, peft_type="IA3"),
+    "it sets lora_bias": lambda f: edit(f / CONFIG, lora_bias=True),
+    "it sets alora_invocation_tokens": lambda f: edit(f / CONFIG, alora_invocation_tokens=[1]),
+    "it sets bias": lambda f: edit(f / CONFIG, bias="all"),
+    "it sets init_lora_weights": lambda f: edit(f / CONFIG, init_lora_weights="pissa"),
+    "has lora_alpha 'much'": lambda f: edit(f / CONFIG, lora_alpha="much"),
+    "has lora_alpha nan": lambda f: edit(f / CONFIG, lora_alpha=float("nan")),
+    "has lora_dropout 2": lambda f: edit(f / CONFIG, lora_dropout=2),
     "was trained on other/base, this base is tiny": lambda f: edit(f / CONFIG, base_model_name_or_path="other/base"),
     "has rank 4096": lambda f: edit(f / CONFIG, r=4096),
     "has a rank per layer": lambda f: edit(f / CONFIG, rank_pattern={"q_proj": 4}),
