@@ -8,7 +8,6 @@ recipe. --random writes the 7B's architecture with random weights to a temporary
 """
 
 import argparse
-import gc
 import tempfile
 import time
 from collections.abc import Iterator
@@ -83,18 +82,12 @@ def measure(base: str, picked: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for bits in picked.bits:
         row = chat(base, bits)
-        clear()
+        train.clear()
         rows.append(row | training(base, bits, picked.steps))
-        clear()
+        train.clear()
         print(rows[-1], flush=True)
         results.save(f"bits-{results.kind()}", rows, UNITS, base=picked.base, prompt_tokens=local.PROMPT_TOKENS)
     print(results.table(f"bits-{results.kind()}"))
-
-
-def clear() -> None:
-    """Give back what a measurement held."""
-    gc.collect()  # a Trainer refers to itself, and keeps its model
-    torch.cuda.empty_cache()
 
 
 def main() -> None:

@@ -130,6 +130,12 @@ def measure(
     }  # fmt: skip
 
 
+def clear() -> None:
+    """Give back what a measurement held."""
+    gc.collect()  # a Trainer refers to itself, and keeps its model
+    torch.cuda.empty_cache()
+
+
 def ceiling() -> float:
     """FLOP/s of a large bf16 product on this GPU."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -149,8 +155,7 @@ def table(chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded], t
     for profile in chosen.profiles:
         lines.append(measure(profile, chosen, recipe, rows, tokenizer))
         print(lines[-1], flush=True)
-        gc.collect()  # a Trainer refers to itself, and keeps its model
-        torch.cuda.empty_cache()
+        clear()
     more: dict[str, Any] = {"rows learned": len(rows), "steps": recipe.steps(len(rows)), "base": chosen.base}
     if torch.cuda.is_available():
         rate, weights = ceiling(), 7.07e9 if chosen.base == "7b" else 0.494e9

@@ -79,7 +79,7 @@ MEDIUM = Base(
 )
 BASES = {"7b": SEVEN_B, "medium": MEDIUM, "small": SMALL}
 # Bits that a base's weights may have, those below 16 by bitsandbytes; and the bytes of GPU memory with which the 7B can
-# be chatted with so: 16.1, 9.8 or 6.4 GB where the longest prompt is read (benchmarks/bits.py), CUDA's own, some air.
+# be chatted with so: what the longest prompt takes (benchmarks/results/bits-h200.json), CUDA's own, some air.
 MEMORY_7B = {16: 20_000_000_000, 8: 10_400_000_000, 4: 7_500_000_000}
 MEMORY_MEDIUM = 5_500_000_000  # bytes likewise, in 16 bits: 3.1 GB of weights
 

@@ -172,7 +172,7 @@ def test_the_batch_is_not_tried_and_would_refuse(engine, tiny_base, monkeypatch)
         (24, 16, "7b"),
         (16, 16, "medium"),
         (12, 8, "7b"),
-        (8, 8, "medium"),
+        (10, 8, "medium"),
         (8, 4, "7b"),
         (6, 4, "medium"),
         (4, 4, "small"),
