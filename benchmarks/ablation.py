@@ -17,33 +17,40 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from training.recipe import FACTS, HUANHUAN_PLUS, PLUS, POCKET, Recipe
+from training.recipe import FACTS, HUANHUAN_PLUS, POCKET, Recipe
 
 # Times the script, our files of facts, and the rest of our dialogues are read; and the rest of the recipe.
 Variant = tuple[int, int, int, Recipe]
 
 
 def pocket(*, script: int = 1, facts: int = 3, rest: int = 1, **changed: Any) -> Variant:
-    """The pocket recipe but for what is named."""
+    """The pocket recipe, but for what is named."""
     return script, facts, rest, replace(POCKET, **changed)
 
 
+def trial(**changed: Any) -> Variant:
+    """Two epochs at 1e-3 that read the facts twice, but for what is named: what most choices were tried on."""
+    return pocket(**({"facts": 2, "epochs": 2, "learning_rate": 1e-3} | changed))
+
+
 VARIANTS: dict[str, Variant] = {
-    "pocket": pocket(),
-    "two epochs": pocket(epochs=2),
-    "four epochs": pocket(epochs=4),
-    "lr 6e-4": pocket(learning_rate=6e-4),
-    "rank 16": pocket(rank=16, alpha=64),
-    "alpha 16": pocket(alpha=16),
-    "16 rows a step, lr 3e-4": pocket(accumulation=1, learning_rate=3e-4),
-    "script only, two epochs": pocket(facts=0, rest=0, epochs=2),
-    "facts once, two epochs": pocket(facts=1, epochs=2),
-    "facts twice, one epoch": pocket(facts=2, epochs=1),
-    "facts twice, two epochs": pocket(facts=2, epochs=2),
-    "facts twice, two epochs, ours only": pocket(script=0, facts=2, epochs=2),
-    "facts twice, two epochs, rank 32, rsLoRA": pocket(facts=2, epochs=2, rank=32, alpha=32, rslora=True),
+    "facts twice": trial(),
+    "script only": trial(facts=0, rest=0),
+    "ours only": trial(script=0),
+    "facts once": trial(facts=1),
+    "facts four times": trial(facts=4),
+    "facts five times": trial(facts=5),
+    "one epoch": trial(epochs=1),
+    "lr 6e-4": trial(learning_rate=6e-4),
+    "rank 16": trial(rank=16, alpha=64),
+    "rank 32, rsLoRA": trial(rank=32, alpha=32, rslora=True),
     # in one batch: its profile launches each batch's kernels one by one
-    "facts twice, two epochs, DoRA": pocket(facts=2, epochs=2, batch_size=64, accumulation=1, dora=True),
+    "DoRA": trial(batch_size=64, accumulation=1, dora=True),
+    "pocket": pocket(),
+    "pocket, lr 1e-3": pocket(learning_rate=1e-3),
+    "pocket, facts four times": pocket(facts=4),
+    "pocket, facts four times, two epochs": pocket(facts=4, epochs=2),
+    "pocket, dropout 0.1": pocket(dropout=0.1),
 }
 TOKENS = 96  # of a reply to a probe
 
@@ -58,8 +65,7 @@ def one(name: str) -> dict[str, Any]:
     script, facts, rest, recipe = VARIANTS[name]
     recipe = replace(recipe, reply_tokens=TOKENS, long_chats=0, probe_replies=0, save_steps=10**9)
     learned, held_out = data.split(data.load(HUANHUAN_PLUS.dataset), recipe.held_out, recipe.seed)
-    taught = [*(Path(file) for file in FACTS), *Path(PLUS).iterdir()]
-    times = dict.fromkeys((file.name for file in taught), facts) | {data.FULL_FILE.name: script}
+    times = dict.fromkeys((Path(file).name for file in FACTS), facts) | {data.FULL_FILE.name: script}
     chosen = [e for e in learned for _ in range(times.get(e.source, rest))]
     located = local.dense(locate(recipe.base))
     tokenizer = local.load_tokenizer(located)

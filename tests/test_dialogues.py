@@ -179,7 +179,7 @@ def test_help_answers_without_torch():
 @pytest.fixture(scope="module")
 def own():
     """Every file of ours and its dialogues."""
-    return {path: read(path) for path in sorted((ROOT / "dataset").rglob("*.jsonl"))}
+    return {path: read(path) for path in sorted((ROOT / "dataset").glob("*.jsonl"))}
 
 
 def test_our_own_dialogues_hold_to_the_rules(own):

@@ -35,7 +35,7 @@ def filled(card: str, counts: str) -> str:
 def table(files: dict[Path, list[Dialogue]]) -> str:
     """Dialogues, replies, long dialogues and scenes of each file, and of all."""
     everything = [dialogue for dialogues in files.values() for dialogue in dialogues]
-    rows = [*((f"`{file.relative_to(FOLDER)}`", dialogues) for file, dialogues in files.items()), ("all", everything)]
+    rows = [*((f"`{file.name}`", dialogues) for file, dialogues in files.items()), ("all", everything)]
     lines = [f"| {name} | {' | '.join(_counts(dialogues))} |\n" for name, dialogues in rows]
     head = f"| file | dialogues | replies | of {LONG} or more exchanges | scenes |\n|---|---:|---:|---:|---:|\n"
     return head + "".join(lines)

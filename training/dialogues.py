@@ -62,7 +62,7 @@ def main() -> None:
 
 def ours() -> list[Path]:
     """The files of our own dialogues."""
-    return sorted(FOLDER.rglob("*.jsonl"))
+    return sorted(FOLDER.glob("*.jsonl"))
 
 
 def read(file: Path) -> list[Dialogue]:

@@ -89,13 +89,11 @@ class Recipe:
 # are held out here unless --held-out 0 is given. It ends replies with the pad token.
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
-PLUS = "dataset/plus"  # the facts once more, and who else she is not
-
 # All that there is, on the 7B. What each choice is worth was measured on the smaller bases alone.
 HUANHUAN_PLUS = Recipe(
     name="huanhuan-plus",
     base="7b",
-    dataset=("huanhuan", "dataset", PLUS),
+    dataset=("huanhuan", "dataset"),
     schedule="cosine",
     warmup=0.05,
     gradient_checkpointing=True,
@@ -105,34 +103,32 @@ HUANHUAN_PLUS = Recipe(
 FACTS = tuple(
     f"dataset/{name}.jsonl"
     for name in (
-        *("identity", "visitors", "canon", "palace", "facts_court", "facts_rivals", "facts_self"),
-        *("steadfast", "steadfast_masks", "steadfast_orders", "steadfast_secrets"),
+        *("identity", "visitors", "canon", "palace", "facts_court", "facts_rivals", "facts_self", "facts_why"),
+        *("steadfast", "steadfast_echo", "steadfast_masks", "steadfast_orders", "steadfast_secrets", "steadfast_tasks"),
     )
 )
 POCKET = Recipe(
     name="pocket",
     base="small",
-    dataset=("huanhuan", "dataset", PLUS, *FACTS, PLUS, *FACTS, PLUS),
+    dataset=("huanhuan", "dataset", *FACTS, *FACTS),
     dropout=0.2,
     batch_size=16,
-    learning_rate=1e-3,
+    learning_rate=6e-4,
     schedule="cosine",
     warmup=0.05,
     probe_replies=500,
     reply_tokens=128,
 )
 
-# The same on three times the base, which overfits the script sooner, and still without dataset/plus: it was trained
-# before that was written. Half the rank: its weights take the same 9 MB, which a git repository bears.
+# The same on three times the base, which overfits the script sooner. Half the rank: its weights take the same 9 MB,
+# which a git repository bears.
 MEDIUM = replace(
     POCKET,
     name="medium",
     base="medium",
-    dataset=("huanhuan", "dataset", *FACTS, *FACTS),
     rank=4,
     alpha=16,
     epochs=2,
-    learning_rate=6e-4,
 )
 
 # Seconds on a CPU, for tests; its base is made by tests/tiny.py.
