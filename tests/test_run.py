@@ -264,6 +264,16 @@ def test_a_wrong_field_is_a_sentence_not_a_traceback(monkeypatch, tmp_path):
         main()
 
 
+def test_a_full_gpu_is_a_sentence_that_says_what_takes_less(monkeypatch):
+    def full(job):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("training.run.run", full)
+    monkeypatch.setattr(sys, "argv", ["run", "tiny"])
+    with pytest.raises(SystemExit, match=r"--profile faithful.*--batch-size 1.*--bits 4"):
+        main()
+
+
 def test_a_step_that_processes_cannot_share_is_refused(tiny_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"3 processes cannot share 2 batches.*keeps 8 rows"):

@@ -24,6 +24,11 @@ from training.recipe import HUANHUAN, RECIPES, Recipe
 log = logging.getLogger(__name__)
 
 MOST_RANK = 32  # of the fast profile: tiles of more do not fit a GPU's shared memory
+FULL = (
+    "The GPU's memory is full. The same is learned in less of it with --profile faithful, and in still less with "
+    "--batch-size 1 and an --accumulation as many times larger; --bits 4 shrinks the base to a third. nvidia-smi shows "
+    "who else is at work there. If a checkpoint was written, --resume goes on from it under another profile, too."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ def main() -> None:
         if adapter := run(chosen):
             log.info("%s is ready: python app.py --base %s", adapter.folder, chosen.recipe.base)
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(FULL if type(error).__name__ == "OutOfMemoryError" else str(error))  # torch's own names no remedy
     except KeyboardInterrupt:
         sys.exit("Stopped at once. If a checkpoint was written, --resume goes on from it.")
 
