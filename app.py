@@ -1,6 +1,7 @@
 """The page: a Gradio chat around any ChatEngine. It knows layout, nothing about models.
 
-python app.py [--base small|medium|7b|FOLDER] [--bits 16|8|4] [--host 0.0.0.0] [--port 7860] [--share] [--mcp]
+python app.py [--base small|medium|7b|FOLDER] [--bits 16|8|4] [--engine llama|transformers]
+              [--host 0.0.0.0] [--port 7860] [--share] [--mcp]
 """
 
 import argparse
@@ -29,7 +30,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from chat import load
+from chat import ENGINES, load
 from chat.base import MEMORY_7B
 from chat.engine import BASE_ONLY, MAX_CHARACTERS, MAX_NEW_TOKENS, Awaited, ChatEngine, Sampling
 from chat.persona import NAME, PASSER_BY, SCENES
@@ -216,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Open the page of Chat-甄嬛.")
     parser.add_argument("--base", help="small, medium, 7b, or a folder; by default what fits this machine")
     parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
+    parser.add_argument("--engine", choices=ENGINES, help="by default what fits this machine")
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="also open a public link")
@@ -224,7 +226,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        engine = load(picked.base, picked.bits)
+        engine = load(picked.base, picked.bits, picked.engine)
         page = build_page(engine)
         if place := os.environ.get(metrics.SETTING):
             metrics.serve(place)

@@ -23,6 +23,7 @@ from benchmarks import results, train
 from benchmarks.decode import a_prompt, generated
 from chat import local
 from chat.base import locate
+from chat.engine import PROMPT_TOKENS
 from training import data
 from training.recipe import HUANHUAN
 from training.tokens import encode
@@ -60,7 +61,7 @@ def chat(base: str, bits: int) -> dict[str, Any]:
     row: dict[str, Any] = {"bits": bits, "weights_gb": round(weights / 1e9, 2), "load_seconds": round(seconds, 1)}
     row |= generated(model, 48)
     torch.cuda.reset_peak_memory_stats()
-    ids = torch.tensor([a_prompt(local.PROMPT_TOKENS, 2)], device=model.device)
+    ids = torch.tensor([a_prompt(PROMPT_TOKENS, 2)], device=model.device)
     with torch.inference_mode():
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
     return row | {"chat_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
@@ -86,7 +87,7 @@ def measure(base: str, picked: argparse.Namespace) -> None:
         rows.append(row | training(base, bits, picked.steps))
         train.clear()
         print(rows[-1], flush=True)
-        results.save(f"bits-{results.kind()}", rows, UNITS, base=picked.base, prompt_tokens=local.PROMPT_TOKENS)
+        results.save(f"bits-{results.kind()}", rows, UNITS, base=picked.base, prompt_tokens=PROMPT_TOKENS)
     print(results.table(f"bits-{results.kind()}"))
 
 

@@ -1,11 +1,11 @@
-"""Talk with 甄嬛 in the terminal: `python -m chat [--base small] [--bits 16] [--adapter NAME]`."""
+"""Talk with 甄嬛 in the terminal: `python -m chat [--base small] [--bits 16] [--engine llama] [--adapter NAME]`."""
 
 import argparse
 import logging
 import sys
 import threading
 
-from chat import load
+from chat import ENGINES, load
 from chat.base import MEMORY_7B
 from chat.engine import Awaited, Busy, ChatEngine, Sampling
 from chat.fetch import Unavailable
@@ -17,12 +17,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m chat", description=f"Talk with {NAME}.")
     parser.add_argument("--base", help="small, medium, 7b, or a folder; by default what fits this machine")
     parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
+    parser.add_argument("--engine", choices=ENGINES, help="by default what fits this machine")
     parser.add_argument("--adapter", help="an adapter's name, or base for none")
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        engine = load(chosen.base, chosen.bits)
+        engine = load(chosen.base, chosen.bits, chosen.engine)
         engine = engine.wait() if isinstance(engine, Awaited) else engine
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))

@@ -10,7 +10,11 @@ from typing import Literal, Protocol
 from chat.persona import Message
 
 BASE_ONLY = "base"  # the adapter name that means: none, the base as it is
+PROMPT_TOKENS = (
+    2048  # longest prompt of an engine here; a CPU reads it in some seconds, the training rows are far shorter
+)
 MAX_NEW_TOKENS = 512
+REPLY_SECONDS = 120.0  # a reply ends here even when nobody listens
 COLDEST = 0.01  # the lowest temperature that is not greedy
 MAX_CHARACTERS = 800  # of one question
 MAX_TURNS = 200  # of a history, before trimming by tokens
@@ -78,6 +82,20 @@ class Busy(RuntimeError):
     def __init__(self, message: str, seconds: float = 0) -> None:
         super().__init__(message)
         self.seconds = seconds  # after which it may be asked again, by its own word
+
+
+def check_adapters(adapters: Sequence[str], served: Sequence[str]) -> None:
+    """Raise ValueError for an adapter that is not served, with the choice."""
+    for adapter in adapters:
+        if adapter not in served:
+            raise ValueError(f"There is no adapter {adapter!r}; choose one of {', '.join(served)}.")
+
+
+def whole_number(setting: str, value: str) -> int:
+    """A setting's value as a whole number from 1 on. Raises ValueError."""
+    if not (value.isascii() and value.isdecimal() and int(value)):
+        raise ValueError(f"{setting} is {value!r}. Write a whole number from 1 on.")
+    return int(value)
 
 
 class ChatEngine(Protocol):

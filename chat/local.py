@@ -1,6 +1,7 @@
 """LocalEngine: transformers and PEFT in this process, one inference thread, each token streamed."""
 
 import itertools
+import json
 import logging
 import os
 import queue
@@ -30,13 +31,25 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from chat import base as bases
-from chat import cpu
 from chat.adapter import WEIGHTS, Adapter, find
-from chat.base import MEMORY_7B, MEMORY_MEDIUM, Located, dense_folder
+from chat.base import CONFIG, MEMORY_7B, MEMORY_MEDIUM, Located, converted_by, dense_folder
 from chat.batch import Batch, Request
 from chat.decoder import DECODE, Decoder
-from chat.engine import BASE_ONLY, MAX_NEW_TOKENS, Awaited, ChatEngine, Cost, Piece, Sampling
+from chat.engine import (
+    BASE_ONLY,
+    MAX_NEW_TOKENS,
+    PROMPT_TOKENS,
+    REPLY_SECONDS,
+    Awaited,
+    ChatEngine,
+    Cost,
+    Piece,
+    Sampling,
+    check_adapters,
+    whole_number,
+)
 from chat.fetch import digest
+from chat.machine import ZERO_GPU
 from chat.persona import OPENERS, Message
 from chat.prompt import prompt_ids, trim
 
@@ -45,10 +58,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROMPT_TOKENS = 2048  # longest prompt; a CPU reads it in some seconds, and the training rows are far shorter
 PLACES = 32  # conversations at once on a GPU; each keeps 150 MB of the 7B's cache
-REPLY_SECONDS = 120.0  # a reply ends here even when nobody listens
-ZERO_GPU = "SPACES_ZERO_GPU"  # set on a Space with ZeroGPU
 END, PAD = "<|im_end|>", "<|endoftext|>"
 
 
@@ -61,7 +71,7 @@ def best_base(bits: int = 16) -> str:
 
 
 def dense(located: Located) -> Located:
-    """A folder transformers opens at once: a GGUF file is converted, once, under a lock.
+    """A folder transformers opens at once: a GGUF file is checked and converted, once, under a lock.
 
     Reading the GGUF costs a minute at every start; its dense bf16 form opens in a second. The file holds the tied
     embedding twice: `output.weight` is the finer of the two (8 bits), so it is kept for both.
@@ -69,13 +79,11 @@ def dense(located: Located) -> Located:
     if located.path.is_dir():
         return located
     folder = dense_folder(located.base)
-    assert folder is not None, "only a packed base is a file"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / bases.SOURCE).exists():
+        if not converted_by(folder):
+            located.verify()
             _convert(located, folder)
-    if located.path.is_relative_to(bases.cache() / "index"):
-        located.path.unlink(missing_ok=True)  # our own copy has served its purpose
     return replace(located, path=folder)
 
 
@@ -83,7 +91,6 @@ def _convert(located: Located, folder: Path) -> None:
     log.info("Converting %s once; about a minute.", located.path.name)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
     place, file = str(located.path.parent), located.path.name
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(
@@ -97,7 +104,11 @@ def _convert(located: Located, folder: Path) -> None:
     )
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    (part / bases.SOURCE).write_text(located.source, encoding="utf-8")
+    config = bases.read_config(part)
+    # transformers 4 looks for it here alone, and takes 10,000 without a word where it is not.
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    bases.seal(part, located.source)
     os.replace(part, folder)
 
 
@@ -107,7 +118,7 @@ def places() -> int:
         return 1  # ZeroGPU's workers are forked for one visitor each
     if torch.cuda.get_device_capability() < (8, 0):
         return 1  # Triton multiplies no bf16 there
-    return min(max(int(os.environ.get("PLACES") or PLACES), 1), DECODE[-1])
+    return min(whole_number("PLACES", os.environ.get("PLACES") or str(PLACES)), DECODE[-1])
 
 
 def load_tokenizer(located: Located) -> "PreTrainedTokenizerFast":
@@ -216,13 +227,12 @@ class LocalEngine:
         self.tokenizer = load_tokenizer(located)
         # On ZeroGPU nothing can run on the GPU before a visitor asks: there adapters are tried on the CPU.
         on_zero_gpu = bool(os.environ.get(ZERO_GPU))
-        packs = bits == 16 and not on_zero_gpu and best_device() == "cpu" and cpu.fits(located)
-        base: Any = cpu.Packed(located.path) if packs else load_base(located, "cpu" if on_zero_gpu else None, bits)
-        self.model = base  # a PeftModel once an adapter is admitted, unless packed
+        # A PeftModel once an adapter is admitted.
+        self.model: Any = load_base(located, "cpu" if on_zero_gpu else None, bits)
         self.refused: list[str] = []
         self._served: list[str] = []
         self._digests: dict[str, str] = {}
-        self._unmixed = set() if packs else {adapter.name for adapter in adapters if adapter.dora}
+        self._unmixed = {adapter.name for adapter in adapters if adapter.dora}
         for adapter in adapters:
             self._admit(adapter)
         self.model.to(best_device())
@@ -346,9 +356,7 @@ class LocalEngine:
         cancel: threading.Event,
         go_on: bool = False,
     ) -> Iterator[tuple[int, Piece]]:
-        for adapter in adapters:
-            if adapter not in self.adapters:
-                raise ValueError(f"There is no adapter {adapter!r}; choose one of {', '.join(self.adapters)}.")
+        check_adapters(adapters, self.adapters)
         kept, ids = trim(self.tokenizer, turns, PROMPT_TOKENS, go_on)
         pieces: queue.SimpleQueue[tuple[int, Piece] | None] = queue.SimpleQueue()
         work: list[Future[Any]]
@@ -432,9 +440,7 @@ class LocalEngine:
 
 
 def _wears(model: Any) -> bool:
-    """Whether a model puts on adapters by name: the packed one, or PEFT's, whose import takes two seconds."""
-    if isinstance(model, cpu.Packed):
-        return True
+    """Whether a model is PEFT's, which puts on adapters by name; importing PEFT takes two seconds."""
     from peft import PeftModel
 
     return isinstance(model, PeftModel)

@@ -8,8 +8,12 @@ from chat.persona import Message, converse
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from chat.gguf_tokenizer import GgufTokenizer
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], go_on: bool = False) -> list[int]:
+    ChatTokenizer = PreTrainedTokenizerFast | GgufTokenizer
+
+
+def prompt_ids(tokenizer: "ChatTokenizer", turns: Sequence[Message], go_on: bool = False) -> list[int]:
     """Token ids of the system prompt, the turns and the opening of her reply, by the base's own template.
 
     With `go_on` the last turn, hers or the visitor's, is left open instead: what comes next continues it. Shape: one
@@ -17,17 +21,23 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], g
     """
     if go_on and turns:
         text = str(tokenizer.apply_chat_template(messages(turns), tokenize=False))
-        opened = text[: text.rindex(str(tokenizer.eos_token))]
-        return cast("list[int]", tokenizer(opened, add_special_tokens=False)["input_ids"])
+        return _encode(tokenizer, [text[: text.rindex(str(tokenizer.eos_token))]])[0]
     return all_prompt_ids(tokenizer, [turns])[0]
 
 
-def all_prompt_ids(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
+def all_prompt_ids(tokenizer: "ChatTokenizer", conversations: Sequence[Sequence[Message]]) -> list[list[int]]:
     """The same for many conversations that want a reply: together they take a third of the time. Raises alike."""
     if not all(turns and turns[-1]["role"] == "user" for turns in conversations):
         raise ValueError("A prompt must end with the visitor's turn. Add a user message at the end.")
-    heard = [messages(turns) for turns in conversations]
-    return cast("list[list[int]]", tokenizer.apply_chat_template(heard, add_generation_prompt=True, return_dict=False))
+    texts = [
+        str(tokenizer.apply_chat_template(messages(turns), tokenize=False, add_generation_prompt=True))
+        for turns in conversations
+    ]
+    return _encode(tokenizer, texts)
+
+
+def _encode(tokenizer: "ChatTokenizer", texts: Sequence[str]) -> list[list[int]]:
+    return cast("list[list[int]]", tokenizer(list(texts), add_special_tokens=False)["input_ids"])
 
 
 def messages(turns: Sequence[Message]) -> list[dict[str, str]]:
@@ -48,7 +58,7 @@ def unmarked(text: str) -> str:
 
 
 def trim(
-    tokenizer: "PreTrainedTokenizerFast", turns: Sequence[Message], limit: int, go_on: bool = False
+    tokenizer: "ChatTokenizer", turns: Sequence[Message], limit: int, go_on: bool = False
 ) -> tuple[list[Message], list[int]]:
     """Keep the newest turns, from a question on, whose prompt is at most `limit` tokens long.
 

@@ -17,7 +17,7 @@ from typing import Literal
 import anyio
 import httpx
 
-from chat.engine import BASE_ONLY, Busy, ChatEngine, Cost, Piece, Sampling
+from chat.engine import BASE_ONLY, Busy, ChatEngine, Cost, Piece, Sampling, whole_number
 from chat.fetch import Unavailable
 from chat.persona import Message
 from chat.wire import Limits, Server, chatml
@@ -38,26 +38,20 @@ def connect(settings: Mapping[str, str] = os.environ, limits: Limits | None = No
     """The engine that the settings name, once one of its servers answers. Raises Unavailable or ValueError."""
     fallback = None
     if choice := settings.get("ENGINE_FALLBACK"):
-        from chat.local import load  # torch is needed for this alone
+        from chat import load_here
 
-        fallback = load(choice)
+        fallback = load_here(choice)
     engine = RemoteEngine(
         [url.strip() for url in settings[URL].split(",") if url.strip()],
         key=settings.get("ENGINE_KEY", ""),
         base=settings.get("ENGINE_BASE", ""),
         wanted=[name.strip() for name in settings.get("ENGINE_ADAPTERS", "").split(",") if name.strip()],
-        places=_whole("ENGINE_PLACES", settings.get("ENGINE_PLACES") or str(PLACES)),
+        places=whole_number("ENGINE_PLACES", settings.get("ENGINE_PLACES") or str(PLACES)),
         fallback=fallback,
         limits=limits or Limits(),
     )
     engine.wait(0 if fallback else STARTING)
     return engine
-
-
-def _whole(name: str, value: str) -> int:
-    if not value.isdecimal() or not int(value):
-        raise ValueError(f"{name} is {value!r}. Write a whole number from 1 on.")
-    return int(value)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from chat.adapter import CARD, METRICS, PART, ROOT
-from chat.engine import Sampling
-from chat.local import PAD, PROMPT_TOKENS, ends, generation_config
+from chat.engine import PROMPT_TOKENS, Sampling
+from chat.local import PAD, ends, generation_config
 from chat.persona import Message, staged
 from chat.prompt import reply_ids, trim
 from training import chats, scores

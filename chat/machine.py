@@ -1,0 +1,58 @@
+"""What this machine has: memory that is free, cores that may be used, an NVIDIA or AMD GPU for torch."""
+
+import ctypes
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own limits
+ZERO_GPU = "SPACES_ZERO_GPU"  # set on a Space with ZeroGPU
+
+
+def available_memory() -> int:
+    """Bytes that a program can still take: of the machine, or of the container where that allows less."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        if limit == "max":
+            return free
+        held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return min(free, int(limit) - int(used) + int(held.get("inactive_file", 0)))  # what files hold can be given up
+    except (OSError, ValueError):
+        return free
+
+
+def usable_cores() -> int:
+    """Cores worth a thread each: those this process may use, on larger machines without their second hyper-thread."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if usable > 4:
+        usable = max(4, min(usable, psutil.cpu_count(logical=False) or usable))
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return usable if quota == "max" else max(1, min(usable, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return usable
+
+
+def has_gpu() -> bool:
+    """Whether torch is here with a GPU, or ZeroGPU will lend one. torch is imported only where a driver is."""
+    if os.environ.get(ZERO_GPU):
+        return True
+    if not find_spec("torch") or not _has_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_driver() -> bool:
+    if Path("/dev/kfd").exists():  # AMD's
+        return True
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
