@@ -101,6 +101,7 @@ class _Reply:
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
     tokens: int = 0
+    held: str = ""  # replacement characters at the end: of a character that its next token may complete
     finish_reason: str | None = None
     error: str | None = None
 
@@ -121,8 +122,11 @@ class _Reply:
             return False
         self.tokens += 1
         self.first_token = self.first_token or time.perf_counter() - self.started
-        if choice["text"]:
-            self.chunks.put((self.row, Piece(choice["text"])))
+        text = self.held + choice["text"]
+        ready = text.rstrip("\ufffd")
+        self.held = text[len(ready) :]
+        if ready:
+            self.chunks.put((self.row, Piece(ready)))
         if time.perf_counter() - self.started > REPLY_SECONDS:
             self.finish_reason = "time"
             return True

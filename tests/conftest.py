@@ -58,6 +58,19 @@ def located(tiny_base):
 
 
 @pytest.fixture(scope="session")
+def tiny_gguf(tiny_base, tmp_path_factory):
+    """The tiny base as a GGUF, located as a base of that name: what llama.cpp opens."""
+    from chat.base import Base, File, Gguf, Located, read_config
+    from chat.fetch import digest
+    from tests import tiny
+
+    path = tiny.make_gguf(tiny_base, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    config = read_config(tiny_base)
+    gguf = Gguf(tiny_base.name, "local", (File(path.name, path.stat().st_size, digest(path)),))
+    return Located(Base(tiny_base.name, "local", 0, gguf, config), path, "a test")
+
+
+@pytest.fixture(scope="session")
 def tokenizer(located):
     from chat.local import load_tokenizer
 

@@ -3,26 +3,26 @@
 import shutil
 import threading
 import time
-from unittest import mock
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import chat.local
 import chat.prompt
-from chat import cpu
 from chat.adapter import WEIGHTS, Adapter
 from chat.engine import BASE_ONLY, Sampling, ScriptedEngine
+from chat.llama import LlamaEngine
 from chat.local import LocalEngine
 
 ASK = [{"role": "user", "content": "你是谁？"}]
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["packed", "transformers"])
-def engine(request, trained, located):
-    with mock.patch.object(cpu, "fits", return_value=request.param):
-        return LocalEngine(located, [trained])
+@pytest.fixture(scope="module", params=["llama", "transformers"])
+def engine(request, trained, located, tiny_gguf):
+    if request.param == "llama":
+        return LlamaEngine(tiny_gguf, [trained], num_slots=2)
+    return LocalEngine(located, [trained])
 
 
 def say(engine, turns=ASK, adapter="tiny", sampling=GREEDY, cancel=None):
@@ -59,6 +59,9 @@ def test_a_reply_ends_at_the_length_asked_for(engine):
 def endless(engine, monkeypatch):
     """The engine with terminators it never draws, so that a reply only ends when stopped."""
     monkeypatch.setattr("chat.local.ends", lambda tokenizer: [0, 0])
+    if isinstance(engine, LlamaEngine):
+        body = engine._body
+        monkeypatch.setattr(engine, "_body", lambda *given: {**body(*given), "ignore_eos": True})
     return engine
 
 
@@ -81,8 +84,11 @@ def test_cancelling_stops_the_model_and_says_so(endless):
 
 def test_a_failure_of_the_model_reaches_the_caller_and_the_engine_lives(engine, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(engine.model, "generate", lambda **_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        if isinstance(engine, LlamaEngine):
+            broken.setattr(engine, "_body", lambda *given: {"prompt": "no ids", "lora": "no list", "stream": True})
+        else:
+            broken.setattr(engine.model, "generate", lambda **_: 1 / 0)
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
             say(engine)
     assert say(engine)[0] == "臣妾明白。"
 

@@ -1,0 +1,471 @@
+"""llama.cpp as the engine: the same ids, the same law of sampling, no reply that depends on who else asked."""
+
+import json
+import random
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LogitsProcessorList
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import chat
+from chat import base as bases
+from chat import llama, local
+from chat.adapter import CONFIG, WEIGHTS, Adapter
+from chat.base import locate
+from chat.engine import BASE_ONLY, Sampling
+from chat.fetch import Unavailable, digest
+from chat.gguf_tokenizer import GgufTokenizer, read_metadata
+from chat.llama import LlamaEngine
+from chat.local import LocalEngine
+from chat.prompt import prompt_ids, trim
+
+GREEDY = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=24)
+LETTERS = [
+    *"皇上甄嬛你我，。？！…— \n\t\r\u3000\u200b\u2028", "e\u0301", "é", "가", "가", "ﷺ", "ｆｕｌｌ", "１２３", "1234",
+    "I'LL",
+    "'s", "  ", "\r\n", "😀", "𠮷", "<|im_end|>", "<|im_start|>user\n", "<|endoftext|>", "<tool_call>", "</tool_call>",
+    "<|fim_pad|>", "[PAD151665]", "{{ system }}", "{% raw %}", "\x00",
+]  # fmt: skip
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def varied(count, seed=0):
+    """Strings of letters, marks, spaces, marker lookalikes and any other character of Unicode's first planes."""
+    draw = random.Random(seed)
+    anything = [chr(c) for c in range(0x2FFFF) if not 0xD800 <= c < 0xE000]
+    letter = lambda: draw.choice(LETTERS if draw.random() < 0.7 else anything)  # noqa: E731
+    return ["".join(letter() for _ in range(draw.randrange(1, 16))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def key():
+    """The key of the server behind each engine, so that a test can ask it for token ids."""
+    with mock.patch.object(llama.secrets, "token_hex", return_value="known"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def engine(trained, tiny_gguf):
+    return LlamaEngine(tiny_gguf, [trained], num_slots=2)
+
+
+def token_ids(engine, body):
+    """The ids that llama.cpp answers a request with: its own route tells them, the one for streams does not."""
+    asked = json.dumps({**body, "stream": False, "return_progress": False, "return_tokens": True}).encode()
+    headers = {"Authorization": "Bearer known", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{engine._server.listening_address}/completion", asked, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["tokens"]
+
+
+def say(engine, turns, adapter="tiny", sampling=GREEDY, cancel=None, go_on=False):
+    chunks = list(engine.stream(turns, adapter, sampling, cancel or threading.Event(), go_on))
+    return "".join(chunk.text for chunk in chunks), chunks[-1].cost
+
+
+def test_prompt_ids_are_those_of_the_training_path(engine, tokenizer):
+    for text in varied(2000):
+        talk = [*user(text), {"role": "assistant", "content": text[::-1]}, *user(text * 2)]
+        assert prompt_ids(engine.tokenizer, talk) == prompt_ids(tokenizer, talk), text
+        assert prompt_ids(engine.tokenizer, talk, True) == prompt_ids(tokenizer, talk, True), text
+    long = [turn for text in varied(200, 1) for turn in (*user(text), {"role": "assistant", "content": text})]
+    assert trim(engine.tokenizer, [*long, *user("问")], 500) == trim(tokenizer, [*long, *user("问")], 500)
+
+
+def greedy_ids(engine, ids, adapter, count=24):
+    """The ids of a greedy reply by llama.cpp that does not end by itself."""
+    body = engine._body(ids, adapter, replace(GREEDY, max_new_tokens=count))
+    return token_ids(engine, {**body, "ignore_eos": True})
+
+
+def transformers_ids(engine, ids, adapter, count=24):
+    """The same by transformers and PEFT."""
+    config = local.generation_config(engine.tokenizer, replace(GREEDY, max_new_tokens=count))
+    config.suppress_tokens = local.ends(engine.tokenizer)
+    with torch.inference_mode(), engine._worn(adapter):
+        return engine.model.generate(torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist()
+
+
+def parting(ours, theirs, ids, engine, adapter):
+    """How far apart transformers' logits of the two tokens are where two replies part; 0 where they do not."""
+    at = next((n for n, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other), None)
+    if at is None:
+        return 0.0
+    with torch.inference_mode(), engine._worn(adapter):
+        logits = engine.model(torch.tensor([[*ids, *theirs[:at]]])).logits[0, -1]
+    return abs(logits[ours[at]] - logits[theirs[at]]).item()
+
+
+def test_greedy_ids_are_those_of_transformers_but_for_ties(engine, trained, located):
+    theirs, equal = LocalEngine(located, [trained]), 0
+    for text in (texts := ["你是谁？", "皇上驾到", "abc", *varied(20, 2)]):
+        ids = prompt_ids(engine.tokenizer, user(text))
+        for adapter in ("tiny", BASE_ONLY):
+            ours, expected = greedy_ids(engine, ids, adapter), transformers_ids(theirs, ids, adapter)
+            # llama.cpp keeps keys and values in 16 bits; the logits reach 30.
+            assert parting(ours, expected, ids, theirs, adapter) < 0.05, (text, adapter)
+            equal += ours == expected
+    assert equal > len(texts)
+
+
+def law(logits, ids, sampling):
+    """The chances of each token by transformers' own processors, in the order that `generate` gives them."""
+    processors = LogitsProcessorList([
+        RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)),
+        TemperatureLogitsWarper(float(sampling.temperature)),
+        TopKLogitsWarper(sampling.top_k), TopPLogitsWarper(sampling.top_p),
+    ])  # fmt: skip
+    return torch.softmax(processors(torch.tensor([ids]), logits[None].clone().float()), -1)[0]
+
+
+def drawn(engine, ids, sampling, count):
+    """How often each token came first, in so many draws with a seed each."""
+    tally = {}
+    for seed in range(count):
+        (token,) = token_ids(engine, engine._body(ids, BASE_ONLY, replace(sampling, seed=seed, max_new_tokens=1)))
+        tally[token] = tally.get(token, 0) + 1
+    return tally
+
+
+def chi_square(chances, tally):
+    """Pearson's statistic over tokens expected five times or more, the rest together, and 99.9 % of its law."""
+    count = sum(tally.values())
+    common = (chances * count >= 5).nonzero().flatten().tolist()
+    pairs = [(chances[token].item() * count, tally.get(token, 0)) for token in common]
+    rest = count - sum(expected for expected, _ in pairs), count - sum(seen for _, seen in pairs)
+    pairs += [rest] if rest[0] > 1 else []
+    if rest[1] > 0 and rest[0] < 1e-3:
+        return float("inf"), 0.0  # a token came that cannot come
+    free = len(pairs) - 1
+    # Wilson and Hilferty's cube (1931): the quantile of chi-square from that of the normal law, 3.09 for 99.9 %.
+    limit = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3
+    return sum((seen - expected) ** 2 / expected for expected, seen in pairs), limit
+
+
+# Each setting changes the law by itself: what one sampler too many, too few or in another place would break.
+SETTINGS = [
+    Sampling(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05),
+    Sampling(temperature=2, top_p=1, top_k=200, repetition_penalty=1),
+    Sampling(temperature=2, top_p=0.6, top_k=12, repetition_penalty=2),
+    Sampling(temperature=1.5, top_p=0.9, top_k=200, repetition_penalty=1.4),
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_tokens_are_drawn_by_the_law_of_the_local_engine(engine, located, sampling):
+    plain = local.load_base(located)
+    ids = prompt_ids(engine.tokenizer, user("皇上，皇上，你是谁？"))
+    with torch.inference_mode():
+        logits = plain(torch.tensor([ids])).logits[0, -1]
+    statistic, limit = chi_square(law(logits, ids, sampling), drawn(engine, ids, sampling, 2000))
+    assert statistic < limit
+
+
+def test_the_chi_square_test_sees_a_law_that_is_off(engine, located):
+    ids, asked = prompt_ids(engine.tokenizer, user("皇上，皇上，你是谁？")), SETTINGS[3]
+    with torch.inference_mode():
+        logits = local.load_base(located)(torch.tensor([ids])).logits[0, -1]
+    tally = drawn(engine, ids, asked, 2000)
+    for other in (replace(asked, temperature=1.2), replace(asked, repetition_penalty=1), replace(asked, top_p=1)):
+        statistic, limit = chi_square(law(logits, ids, other), tally)
+        assert statistic > limit
+
+
+def talks(seed, count=12):
+    """Conversations that share beginnings, each with an adapter: what a wrong cache would mix up."""
+    draw, texts = random.Random(seed), varied(6, seed)
+    for _ in range(count):
+        first, second = draw.sample(texts, 2)
+        history = [*user(first), {"role": "assistant", "content": second}, *user(first)]
+        yield history[: draw.choice((1, 3))], draw.choice(("tiny", BASE_ONLY))
+
+
+def test_no_reply_depends_on_who_else_asked_before(engine, trained, tiny_gguf):
+    for turns, adapter in talks(3):
+        fresh = LlamaEngine(tiny_gguf, [trained], num_slots=1)
+        assert say(engine, turns, adapter)[0] == say(fresh, turns, adapter)[0]
+
+
+def crossed(engine):
+    """X with an adapter, Y without, X without: whether the last reply is that of the base alone."""
+    question, other = "今日天色正好，" * 12 + "你是谁？", "外头下着小雨，" * 12 + "你在想什么？"
+    say(engine, user(question), "tiny")
+    say(engine, user(other), BASE_ONLY)
+    return say(engine, user(question), BASE_ONLY)[0]
+
+
+def test_keys_and_values_of_one_adapter_never_answer_for_another(trained, tiny_gguf, monkeypatch):
+    expected = say(LlamaEngine(tiny_gguf, [trained], 1), user("今日天色正好，" * 12 + "你是谁？"), BASE_ONLY)[0]
+    assert crossed(LlamaEngine(tiny_gguf, [trained], 1)) == expected
+    # The same with llama.cpp's prompt cache in RAM, which is on by default: the reason why ours is off.
+    import xllamacpp
+
+    real = xllamacpp.Server
+    monkeypatch.setattr(xllamacpp, "Server", lambda params: setattr(params, "cache_ram_mib", 64) or real(params))
+    assert crossed(LlamaEngine(tiny_gguf, [trained], 1)) != expected
+
+
+def endless(engine, monkeypatch):
+    body = engine._body
+    monkeypatch.setattr(engine, "_body", lambda *given: {**body(*given), "ignore_eos": True})
+
+
+def test_visitors_beyond_the_slots_wait_and_each_hears_his_own(engine):
+    questions = [(text, ("tiny", BASE_ONLY)[n % 2]) for n, text in enumerate(varied(8, 4))]
+    alone = [say(engine, user(text), adapter)[0] for text, adapter in questions]
+    heard = {}
+    threads = [
+        threading.Thread(target=lambda n=n, q=q: heard.update({n: say(engine, user(q[0]), q[1])[0]}))
+        for n, q in enumerate(questions)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [heard[n] for n in range(8)] == alone
+
+
+def test_who_leaves_while_waiting_takes_no_slot(engine, monkeypatch):
+    endless(engine, monkeypatch)
+    long = Sampling(max_new_tokens=512)
+    streams = [engine.stream(user("你是谁？"), BASE_ONLY, long, threading.Event()) for _ in range(2)]
+    for stream in streams:
+        next(stream)
+    cancel = threading.Event()
+    waiting = engine.stream(user("再问"), "tiny", long, cancel)
+    cancel.set()
+    for stream in streams:
+        stream.close()
+    (only,) = waiting
+    assert (only.cost.stopped, only.cost.tokens) == ("cancelled", 0)
+
+
+def test_a_prompt_is_given_up_between_two_parts_of_it(engine, monkeypatch):
+    asked = []
+    monkeypatch.setattr(llama._Reply, "__call__", lambda self, event: asked.append(event) or self.cancel.is_set())
+    cancel = threading.Event()
+    cancel.set()
+    body = engine._body(prompt_ids(engine.tokenizer, user("说" * 600)), BASE_ONLY, Sampling())
+    engine._server.handle_completions(body, llama._Reply(0, None, cancel))
+    assert len(asked) == 1 and asked[0]["prompt_progress"]["processed"] <= llama.PREFILL
+
+
+def test_a_reply_ends_after_its_time(engine, monkeypatch):
+    endless(engine, monkeypatch)
+    monkeypatch.setattr(llama, "REPLY_SECONDS", 0.0)
+    _, cost = say(engine, user("你是谁？"), sampling=Sampling(max_new_tokens=512))
+    assert cost.stopped == "time" and cost.tokens < 10
+
+
+def test_a_character_cut_in_half_is_not_shown(engine):
+    for length in range(1, 6):
+        text, cost = say(engine, user("你是谁？"), sampling=replace(GREEDY, max_new_tokens=length))
+        assert text == "臣妾明白。"[: length // 3] and (cost.tokens, cost.stopped) == (length, "length")
+
+
+def changed(trained, tmp_path, name, change):
+    """A copy of the tiny adapter with its weights changed."""
+    folder = shutil.copytree(trained.folder, tmp_path / name)
+    save_file({n: change(n, w.clone()) for n, w in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    return replace(trained, name=name, folder=folder)
+
+
+def test_an_adapter_that_changes_nothing_or_breaks_the_logits_is_turned_down(trained, tiny_gguf, tmp_path):
+    still = changed(trained, tmp_path, "still", lambda n, w: w * 0 if "lora_B" in n else w)
+    broken = changed(trained, tmp_path, "broken", lambda n, w: w * 0 + 1e38)
+    engine = LlamaEngine(tiny_gguf, [still, trained, broken], 1)
+    assert engine.adapters == ["tiny", BASE_ONLY] and len(engine.refused) == 2
+    assert "changes no logits" in engine.refused[0] and "not finite" in engine.refused[1]
+    assert (
+        say(engine, user("你是谁？"))[0] == "臣妾明白。"
+    )  # its number among the LoRA is not its number among those served
+
+
+def test_rslora_is_folded_into_alpha(trained, tiny_gguf, located, tmp_path):
+    rooted = changed(trained, tmp_path, "rooted", lambda n, w: w)
+    config = json.loads((rooted.folder / CONFIG).read_text())
+    (rooted.folder / CONFIG).write_text(
+        json.dumps({**config, "use_rslora": True, "lora_alpha": config["lora_alpha"] / 2})
+    )
+    ours, theirs = LlamaEngine(tiny_gguf, [rooted], 1), LocalEngine(located, [rooted])
+    for text in varied(6, 5):
+        ids = prompt_ids(ours.tokenizer, user(text))
+        replies = greedy_ids(ours, ids, "rooted"), transformers_ids(theirs, ids, "rooted")
+        assert parting(*replies, ids, theirs, "rooted") < 0.05
+
+
+def test_the_server_behind_it_answers_nobody_else(engine):
+    address = engine._server.listening_address
+    assert address.startswith("http://127.0.0.1:")
+    for path, data in (("/completion", b"{}"), ("/lora-adapters", b"[]"), ("/slots", None), ("/props", None)):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(address + path, data), timeout=5)
+        assert refused.value.code in (401, 403, 404)
+
+
+def test_a_failure_of_llama_cpp_is_told_and_the_engine_lives(engine, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_body", lambda *given: {"prompt": [1], "lora": "no list", "stream": True})
+        with pytest.raises(RuntimeError, match=r"llama\.cpp failed"):
+            say(engine, user("你是谁？"))
+    assert say(engine, user("你是谁？"))[0] == "臣妾明白。"
+
+
+def test_a_file_that_is_no_gguf_is_refused_with_what_to_do(tiny_gguf, tmp_path):
+    for body in (b"", b"GGUF", b"no GGUF at all" * 20, tiny_gguf.path.read_bytes()[:900]):
+        (tmp_path / "bad.gguf").write_bytes(body)
+        with pytest.raises(Unavailable, match=r"bad.gguf cannot be read as a GGUF of Qwen2.5 .*start again"):
+            GgufTokenizer(tmp_path / "bad.gguf")
+
+
+def test_the_head_of_a_gguf_is_read_as_the_library_reads_it(tiny_gguf):
+    import gguf
+
+    theirs = {name: field.contents() for name, field in gguf.GGUFReader(tiny_gguf.path).fields.items()}
+    ours = read_metadata(tiny_gguf.path)
+    assert ours == {name: value for name, value in theirs.items() if not name.startswith("GGUF.")}
+
+
+# What is loaded on this machine.
+
+
+@pytest.fixture
+def small(tiny_gguf, monkeypatch):
+    """The tiny GGUF as the base `small`, in a folder that MODEL_FOLDER names."""
+    monkeypatch.setitem(bases.BASES, "small", tiny_gguf.base)
+    monkeypatch.setenv("MODEL_FOLDER", str(tiny_gguf.path.parent))
+    return tiny_gguf.base
+
+
+def test_a_machine_without_a_gpu_answers_by_llama_cpp(small, trained, monkeypatch):
+    monkeypatch.setenv("ADAPTERS", f"her={trained.folder}")
+    monkeypatch.setenv("PLACES", "3")
+    loaded = chat.load("small")
+    assert loaded.most == 3 and "llama.cpp" in loaded.base
+    assert say(loaded.wait(), user("你是谁？"), "her")[0] == "臣妾明白。"
+    assert loaded.digest("her") == digest(trained.folder / WEIGHTS)[:12]
+
+
+def test_the_same_base_answers_by_transformers_when_it_is_asked_for(small, located, monkeypatch):
+    monkeypatch.setattr(local, "dense", lambda found: located)
+    loaded = chat.load("small", engine="transformers").wait()
+    assert isinstance(loaded, LocalEngine)
+
+
+def test_a_dora_is_refused_with_the_engine_that_serves_it(small, trained, monkeypatch):
+    monkeypatch.setenv("ADAPTERS", f"her={trained.folder}")
+    monkeypatch.setattr(Adapter, "dora", property(lambda _: True))
+    loaded = chat.load("small")
+    assert loaded.adapters == [BASE_ONLY]
+    assert loaded.wait().refused == [
+        "her is a DoRA, which llama.cpp does not know. Serve it with --engine transformers."
+    ]
+
+
+def test_places_that_are_no_number_are_refused(small, monkeypatch):
+    monkeypatch.setenv("PLACES", "many")
+    with pytest.raises(ValueError, match=r"PLACES is 'many'. Write a whole number"):
+        chat.load("small")
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2_600_000_000, "medium"), (2_400_000_000, "small")])
+def test_memory_decides_between_medium_and_small(free, expected, monkeypatch, caplog):
+    monkeypatch.setattr(llama, "available_memory", lambda: free)
+    assert llama.best_base() == expected
+    assert ("2.4 GB of memory are free, the medium one needs 2.5" in caplog.text) == (expected == "small")
+
+
+def test_what_llama_cpp_cannot_do_is_said_or_done_by_transformers(tiny_base, monkeypatch):
+    with pytest.raises(ValueError, match=r"names a folder, which llama.cpp cannot open. Leave --engine llama out"):
+        chat.load(str(tiny_base), engine="llama")
+    with pytest.raises(ValueError, match="--bits 4 is done by bitsandbytes"):
+        chat.load("small", bits=4, engine="llama")
+    assert isinstance(chat.load(str(tiny_base)).wait(), LocalEngine)
+    monkeypatch.setattr(chat, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"xllamacpp.* has no wheel for this platform: this takes transformers and torch"
+    ):
+        chat.load("small")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_file_of_the_users_that_is_no_base_is_refused_and_kept(small, tmp_path, monkeypatch, linked):
+    theirs = tmp_path / "theirs" / "thesis.gguf"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"years of work")
+    named = tmp_path / "models" / small.gguf.files[0].name
+    named.parent.mkdir()
+    named.symlink_to(theirs) if linked else named.write_bytes(theirs.read_bytes())
+    monkeypatch.setenv("MODEL_FOLDER", str(named.parent))
+    for gguf in (True, False):
+        with pytest.raises(Unavailable, match=r"is not the published file.*Delete it yourself"):
+            locate("small", gguf=gguf)
+    assert theirs.read_bytes() == named.read_bytes() == b"years of work"
+
+
+def test_a_file_of_the_right_size_and_other_bytes_is_refused_when_it_is_opened(small, tmp_path, monkeypatch):
+    named = tmp_path / small.gguf.files[0].name
+    named.write_bytes(b"\0" * small.gguf.size)
+    monkeypatch.setenv("MODEL_FOLDER", str(tmp_path))
+    with pytest.raises(Unavailable, match="is not the published file"):
+        chat.load("small").wait()
+    assert named.exists()
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_the_real_small_base_is_drawn_from_by_the_law_of_the_local_engine():
+    """On its own logits, as llama.cpp computes them: all 151,936 of them are asked for."""
+    located = locate("small", gguf=True)
+    located.verify()
+    engine = LlamaEngine(located, [], 1)
+    ids = prompt_ids(engine.tokenizer, user("皇上，皇上，今日可好？"))
+    whole = engine._body(ids, BASE_ONLY, replace(GREEDY, max_new_tokens=1))
+    asked = {**whole, "stream": False, "return_progress": False, "logprobs": located.base.dimensions["vocab_size"]}
+    tops = engine._server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    logits = torch.full((located.base.dimensions["vocab_size"],), -torch.inf)
+    for top in tops:
+        logits[top["id"]] = top["logprob"]
+    assert len(tops) == len(logits)
+    for sampling in SETTINGS:
+        tally = drawn(engine, ids, sampling, 600)
+        statistic, limit = chi_square(law(logits, ids, sampling), tally)
+        print(f"chi-square {statistic:.1f}, 99.9 % of its law below {limit:.1f}")
+        assert statistic < limit
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_ids_of_the_real_bases_are_those_of_the_training_path():
+    theirs = local.load_tokenizer(local.dense(locate("small")))
+    for name in ("small", "medium"):
+        ours = GgufTokenizer(locate(name, gguf=True).path)
+        for text in varied(3000, 7):
+            talk = [*user(text), {"role": "assistant", "content": text}, *user(text[::-1])]
+            assert prompt_ids(ours, talk) == prompt_ids(theirs, talk), text
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_a_warm_start_is_ready_within_seconds():
+    began = time.monotonic()
+    loaded = chat.load("small", engine="llama").wait()
+    print(f"The small base was ready after {time.monotonic() - began:.1f} s: {loaded.base}")
+    assert say(loaded, user("你是谁？"), "pocket")[0].startswith("我是甄嬛")
