@@ -227,13 +227,14 @@ def converted_by(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         damaged = [name for name, sha256 in manifest["sha256"].items() if digest(folder / name) != sha256]
+        source = str(manifest["source"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        damaged = [MANIFEST]
+        damaged, source = [MANIFEST], ""
     if damaged:
         log.warning("%s is not as it was converted (%s); it is made again.", folder, damaged[0])
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return str(manifest["source"])
+    return source
 
 
 def is_folder(choice: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""A PEFT LoRA as a GGUF LoRA: what llama.cpp, and with it Ollama and LM Studio, opens beside the base's GGUF."""
+"""A PEFT LoRA as a GGUF LoRA: what llama.cpp, and with it Ollama, opens beside the base's GGUF."""
 
 import json
 import logging

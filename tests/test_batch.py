@@ -24,8 +24,7 @@ def asked(text):
 
 @pytest.fixture(scope="module")
 def engine(located, trained):
-    with mock.patch("chat.cpu.fits", return_value=False):  # as on a GPU
-        return LocalEngine(located, [trained])
+    return LocalEngine(located, [trained])
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +132,6 @@ def test_a_failure_at_the_start_is_its_own_and_one_on_the_way_reaches_all_who_ar
 
 
 def test_without_room_for_more_conversations_one_is_answered_at_a_time(located, trained, monkeypatch, caplog):
-    monkeypatch.setattr("chat.cpu.fits", lambda _: False)
     engine = LocalEngine(located, [trained])
     monkeypatch.setattr("chat.local.Decoder", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     engine.quicken(4)
@@ -181,13 +179,13 @@ def test_another_architecture_is_not_taken_for_ours(quick):
         Decoder(quick.model, [], 4, 24)
 
 
-@pytest.mark.parametrize("asked", ["0", "64", "", "8"])
+@pytest.mark.parametrize("asked", ["1", "64", "", "8"])
 def test_places_are_as_many_as_can_be_recorded(monkeypatch, asked):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr("chat.local.find_spec", lambda name: True)
     monkeypatch.setenv("PLACES", asked)
-    assert local.places() == {"0": 1, "64": 32, "": 32, "8": 8}[asked]
+    assert local.places() == {"1": 1, "64": 32, "": 32, "8": 8}[asked]
 
 
 def test_who_gave_up_while_waiting_costs_nothing(quick):

@@ -237,12 +237,13 @@ def test_an_engine_elsewhere_has_bits_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize("program", [app, terminal])
-def test_page_and_terminal_hand_the_bits_on(monkeypatch, program):
-    def load(base, bits):
-        raise ValueError(f"asked for {base} in {bits} bits")
+def test_page_and_terminal_hand_bits_and_engine_on(monkeypatch, program):
+    def load(base, bits, engine):
+        raise ValueError(f"asked for {base} in {bits} bits by {engine}")
 
-    monkeypatch.setattr("chat.local.load", load)
-    for words, bits in (([], 16), (["--bits", "4"], 4)):
+    monkeypatch.setattr("chat.load_here", load)
+    given = [([], 16, None), (["--bits", "4"], 4, None), (["--engine", "transformers"], 16, "transformers")]
+    for words, bits, engine in given:
         monkeypatch.setattr(sys, "argv", ["chat", "--base", "small", *words])
-        with pytest.raises(SystemExit, match=f"asked for small in {bits} bits"):
+        with pytest.raises(SystemExit, match=f"asked for small in {bits} bits by {engine}"):
             program.main()

@@ -106,13 +106,27 @@ def test_the_reproduction_names_its_differences(folder):
     assert "transformers 4.44" in (folder / CARD).read_text(encoding="utf-8")
 
 
-def test_a_dense_base_is_served_by_vllm_too_and_a_packed_one_names_its_file(folder):
-    packed = (folder / CARD).read_text(encoding="utf-8")
+def test_a_dense_base_is_served_by_vllm_too_and_a_converted_one_names_its_file(folder):
+    converted = (folder / CARD).read_text(encoding="utf-8")
     edit(folder / CONFIG, base_model_name_or_path=SEVEN_B.name)
     card.write(folder)
     dense = (folder / CARD).read_text(encoding="utf-8")
     assert "vllm serve Qwen/Qwen2.5-7B-Instruct " in dense and "gguf_file" not in dense
-    assert "vllm" not in packed and f'gguf_file="{SMALL.packed.file}"' in packed
+    assert "vllm" not in converted and f'gguf_file="{SMALL.gguf.files[0].name}"' in converted
+
+
+def test_the_card_says_how_other_programs_come_to_open_it(folder):
+    def said():
+        card.write(folder)
+        return (folder / CARD).read_text(encoding="utf-8")
+
+    assert "--gguf pocket.gguf" in said() and "folded" not in said()
+    edit(folder / RECIPE, rslora=True)
+    assert "--gguf pocket.gguf" in said() and "rsLoRA is folded into `lora_alpha`" in said()
+    edit(folder / CONFIG, use_rslora=True)
+    assert "folded" not in said(), "it was saved before that was done"
+    edit(folder / RECIPE, dora=True)
+    assert "--gguf" not in said() and "--merged pocket-merged" in said()
 
 
 def test_the_code_on_the_card_runs(trained, tiny_base, capsys):

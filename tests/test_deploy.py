@@ -1,10 +1,13 @@
 """What operators start: well-formed, of one version, and saying what the page and the engines take."""
 
+import os
 import re
 import subprocess
 import sys
 
+import pytest
 import yaml
+from packaging.markers import Marker
 
 from chat.base import SEVEN_B
 from tests.conftest import ROOT
@@ -59,17 +62,54 @@ def test_the_container_gets_every_file_it_is_told_to_copy():
             assert (ROOT / name).exists(), name
 
 
-BLOCK = """
+def names(*parts):
+    """The packages that a list under the project names, as the index writes them: lower case, dashes."""
+    lines = ROOT.joinpath(*parts).read_text(encoding="utf-8").splitlines()
+    found = [re.match(r"[\w.-]+", line)[0] for line in lines if line and line[0] not in "#-"]
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+
+
+HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets"}
+
+
+def test_the_list_without_torch_is_a_part_of_the_whole_one():
+    assert not names("deploy", "requirements.txt") & HEAVY
+    assert names("deploy", "requirements.txt") <= names("requirements.txt") | names("constraints.txt")
+    assert names("requirements.txt") >= HEAVY
+
+
+# As Python names processors: Linux, macOS, Windows; then Windows on Arm, 32 bits, an old Raspberry Pi, RISC-V.
+MACHINES = dict.fromkeys(("x86_64", "aarch64", "arm64", "AMD64"), True)
+MACHINES |= dict.fromkeys(("ARM64", "i686", "armv7l", "riscv64"), False)
+
+
+def test_llama_cpp_comes_only_where_it_has_a_wheel():
+    lists = [(ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "deploy/requirements.txt")]
+    (marker,) = {re.search(r"^xllamacpp.*?; (.*)$", text, re.M)[1] for text in lists}
+    taken = {machine: Marker(marker).evaluate({"platform_machine": machine}) for machine in MACHINES}
+    assert taken == MACHINES
+
+
+BLOCK = f"""
 import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "peft", "accelerate", "datasets", "modelscope", "gguf"):
+        if name.split(".")[0] in {HEAVY | {"modelscope"}}:
             raise ImportError(name)
 sys.meta_path.insert(0, Missing())
-import app, chat.remote
+import app, chat.remote, chat.llama
 """
 
 
-def test_the_page_beside_an_engine_needs_no_torch():
+def test_the_page_beside_an_engine_or_with_llama_cpp_needs_no_torch():
     asked = subprocess.run([sys.executable, "-c", BLOCK], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert asked.returncode == 0, asked.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("gpu", "list_"), [("GPU=", "deploy/requirements.txt"), (None, "requirements.txt")])
+def test_make_demo_installs_torch_only_beside_a_gpu(tmp_path, gpu, list_):
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["make", "--dry-run", "--always-make", "demo", "FLAGS=--base small", *([gpu] if gpu else [])]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"pip install .*-r (\S+)", said) == [list_] and "app.py --base small" in said

@@ -1,4 +1,4 @@
-"""A DoRA from its run to its replies: what is learned is what is served, packed or by PEFT."""
+"""A DoRA from its run to its replies: what is learned is what PEFT serves."""
 
 import shutil
 import threading
@@ -6,15 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from chat import cpu, local
+from chat import local
 from chat.adapter import WEIGHTS, Adapter
 from chat.decoder import Decoder
 from chat.engine import BASE_ONLY, Sampling
-from chat.local import LocalEngine, load_base
-from chat.prompt import prompt_ids
+from chat.local import LocalEngine
 from tests.conftest import TAUGHT
 from training.recipe import TINY
 from training.run import Run, run
@@ -64,7 +62,6 @@ def test_a_run_learns_it_and_the_gate_opens_it(learned):
 def test_magnitudes_are_learned_and_served_whole_on_a_base_in_half_precision(learned, located, monkeypatch):
     real = local.load_base
     monkeypatch.setattr(local, "load_base", lambda *given: real(*given).to(torch.bfloat16))
-    monkeypatch.setattr(cpu, "fits", lambda _: False)
     model = LocalEngine(located, [learned]).model
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     magnitude, norms = layer.lora_magnitude_vector["her"].weight, layer.base_layer.weight.float().norm(dim=1)
@@ -73,25 +70,8 @@ def test_magnitudes_are_learned_and_served_whole_on_a_base_in_half_precision(lea
         Decoder(model, ["her"], 2, 64)
 
 
-def test_packed_logits_are_those_of_peft(loud, located, tokenizer):
-    model = PeftModel.from_pretrained(load_base(located), loud.folder).eval()
-    packed = cpu.Packed(located.path)
-    packed.load_adapter(loud.folder, "her")
-    packed.set_adapter("her")
-    ids = torch.tensor([prompt_ids(tokenizer, ASK)])
-    with torch.inference_mode():
-        worn = model(ids).logits
-        torch.testing.assert_close(packed(ids).logits, worn, atol=0.15, rtol=0)
-        for product in packed._products():
-            product.gains.clear()
-        assert (packed(ids).logits - worn).abs().max() > 1  # or the magnitudes were not seen at all
-
-
-@pytest.mark.parametrize("packs", [True, False])
-def test_it_answers_beside_the_base_as_it_does_alone(learned, located, monkeypatch, packs):
-    monkeypatch.setattr(cpu, "fits", lambda _: packs)
+def test_it_answers_beside_the_base_as_it_does_alone(learned, located):
     engine = LocalEngine(located, [learned])
-    assert isinstance(engine.model, cpu.Packed) is packs
     voices = [BASE_ONLY, "her"]
     alone = ["".join(p.text for p in engine.stream(ASK, name, GREEDY, threading.Event())) for name in voices]
     together = list(engine.compare(ASK, voices, GREEDY, threading.Event()))

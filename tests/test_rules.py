@@ -18,7 +18,6 @@ HEAVY = {
     "chat/batch.py",
     "chat/decoder.py",
     "chat/kernels.py",
-    "chat/cpu.py",
     "training/trainer.py",
     "training/shards.py",
     "training/fast.py",

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chat.adapter import FILES, WEIGHTS, Adapter
+from chat.adapter import CONFIG, FILES, RECIPE, WEIGHTS, Adapter
+from chat.adapter import ROOT as ADAPTERS
 from chat.persona import SYSTEM_PROMPT
 from tests.conftest import ROOT, TAUGHT
 from training import trainer
@@ -89,6 +90,63 @@ def test_only_the_lora_moves_and_all_of_it(tiny_base, located):
     trainer.train(model, rows, recipe, tiny_base.parent / "moves")
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
+
+
+# Fields of LoraConfig in PEFT 0.11.1 (src/peft/tuners/lora/config.py, src/peft/config.py), with which the tutorial ran.
+# It refuses any other.
+KNOWN_OF_OLD = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+LOOKED_FOR = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "bias"}
+
+
+@pytest.mark.parametrize("folder", [ADAPTERS / "pocket", ADAPTERS / "medium", None])
+def test_the_saved_config_opens_in_the_peft_of_the_tutorial(folder, trained):
+    text = ((folder or trained.folder) / CONFIG).read_text(encoding="utf-8")
+    config = json.loads(text)
+    assert LOOKED_FOR <= config.keys() <= KNOWN_OF_OLD
+    assert config["target_modules"] == sorted(config["target_modules"]) and config["inference_mode"] is True
+    assert text == json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("changed", [{}, {"rslora": True, "rank": 6, "alpha": 7}, {"rslora": True, "rank": 4},
+                                     {"dora": True}])  # fmt: skip
+def test_what_is_saved_gives_the_logits_of_what_is_in_memory(located, tmp_path, changed):
+    from peft import PeftModel
+
+    from chat.local import load_base
+
+    recipe = replace(RECIPES["tiny"], **changed)
+    model = trainer.attach(load_base(located), recipe).eval()
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # which begins as zero
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) / 4)
+    trainer.round_to_bf16(model)
+    trainer.save(model, tmp_path / "her")
+    opened = PeftModel.from_pretrained(load_base(located), tmp_path / "her").eval()
+    ids = torch.tensor([[1, 5, 9, 77, 3, 200, 42]])
+    with model.disable_adapter():
+        plain = model(ids).logits
+    torch.testing.assert_close(opened(ids).logits, model(ids).logits)
+    assert (plain - model(ids).logits).abs().max() > 1
+    config = json.loads((tmp_path / "her" / CONFIG).read_text())
+    assert config.keys() <= KNOWN_OF_OLD and config.get("use_dora", False) is recipe.dora
+    assert config["lora_alpha"] == (recipe.alpha * recipe.rank**0.5 if recipe.rslora else recipe.alpha)
+
+
+def test_rslora_is_folded_into_alpha_and_stays_in_the_recipe(tiny_run, located):
+    job = tiny_run(epochs=1, rslora=True, rank=4, held_out=0, probe_replies=0, long_chats=0, reply_tokens=1)
+    run(job)
+    assert json.loads((job.output / RECIPE).read_text())["rslora"] is True
+    config = json.loads((job.output / CONFIG).read_text())
+    assert "use_rslora" not in config and config["lora_alpha"] == 2 * job.recipe.alpha
+    assert "folded into `lora_alpha`" in (job.output / "README.md").read_text(encoding="utf-8")
+    assert run(replace(job, resume=True)) == Adapter.open(job.output, located)
 
 
 @pytest.mark.parametrize("profile", ["faithful", "fast"])

@@ -47,6 +47,19 @@ VLLM = """
 With vLLM · 用 vLLM：`vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules zhenhuan=USER/NAME`, then
 ask for the model `zhenhuan` with the system prompt above · 再以上面的系统提示词请求模型 `zhenhuan`。
 """
+GGUF = """
+With llama.cpp and Ollama · 用 llama.cpp 与 Ollama：in Chat-甄嬛, `python -m training.export FOLDER --gguf {name}.gguf`
+writes this LoRA as GGUF, a Modelfile beside it, and says what to do next; `--merged` merges it with its base ·
+在 Chat-甄嬛 里写成 GGUF LoRA 与 Modelfile，并提示下一步；`--merged` 则与底座合并。
+"""
+MERGED = """
+As one model · 合为一个模型：in Chat-甄嬛, `python -m training.export FOLDER --merged {name}-merged` merges this DoRA
+with its base, for programs that know no DoRA · 在 Chat-甄嬛 里与底座合并，供不识 DoRA 的程序使用。
+"""
+FOLDED = """
+rsLoRA is folded into `lora_alpha` (alpha times the root of the rank), as some programs pass over `use_rslora` · rsLoRA
+已折入 `lora_alpha`（alpha 乘以秩的平方根），因为有的程序不理会 `use_rslora`。
+"""
 TEMPLATE = Path(__file__).with_suffix(".md")
 
 
@@ -72,16 +85,17 @@ def render(folder: Path, recipe: dict[str, Any], metrics: dict[str, Any]) -> str
     """The card as text: the template beside this file, filled in from the folder's files and nothing else."""
     base = _read(folder / CONFIG)["base_model_name_or_path"]
     name = _name(folder)
-    packed = next((known.packed for known in BASES.values() if known.name == base), None)
+    files = [known.gguf.files[0].name for known in BASES.values() if known.name == base and known.converted]
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         metadata=_metadata(name, base, metrics),
         name=name,
         base=base,
         choice=recipe["base"],
         system_prompt=recipe["system_prompt"],
-        source=f', gguf_file="{packed.file}"' if packed else "",
+        source=f', gguf_file="{files[0]}"' if files else "",
         sampling=", ".join(f'"{field}": {value}' for field, value in SAMPLING.items()),
-        engine="" if packed else VLLM.format(base=base, rank=recipe["rank"]),
+        engine="" if files else VLLM.format(base=base, rank=recipe["rank"]),
+        export=_export(folder, name, recipe),
         note=DIFFERENCES.format(steps=metrics["steps"]) if recipe["name"] == "huanhuan" else "",
         figure=FIGURE,
         figures=_figures(metrics),
@@ -93,6 +107,12 @@ def render(folder: Path, recipe: dict[str, Any], metrics: dict[str, Any]) -> str
         run=table(("what", "value"), [(what, _plain(value)) for what, value in metrics["run"].items()]),
         probes=table(("question", "her reply", ""), _probes(metrics)),
     )
+
+
+def _export(folder: Path, name: str, recipe: dict[str, Any]) -> str:
+    """How other programs come to open it."""
+    folded = recipe.get("rslora") and not _read(folder / CONFIG).get("use_rslora")
+    return (MERGED if recipe.get("dora") else GGUF).format(name=name) + (FOLDED if folded else "")
 
 
 def _metadata(name: str, base: str, metrics: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 Two profiles of one recipe: `faithful` is the stock Trainer, `fast` puts `training.fast` in the place of its step.
 """
 
+import json
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ from transformers import (
     set_seed,
 )
 
+from chat.adapter import CONFIG, WEIGHTS
 from training import fast, ranks, shards
 from training.fast import Step, collate
 from training.recipe import Recipe
@@ -36,6 +38,11 @@ from training.tokens import IGNORED, Encoded
 log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"  # in the run's folder, when it may stop early
+# What is looked for in adapter_config.json, though it be as PEFT has it by default.
+TOLD = {
+    "peft_type", "task_type", "base_model_name_or_path", "inference_mode", "r", "lora_alpha", "lora_dropout",
+    "target_modules", "bias",
+}  # fmt: skip
 
 
 class Interrupted(RuntimeError):
@@ -416,8 +423,6 @@ def save(model: PeftModel, folder: Path) -> None:
     """Write adapter_config.json and the weights in bf16, but a DoRA's magnitudes, which need more than three digits."""
     from peft import get_peft_model_state_dict
 
-    from chat.adapter import WEIGHTS
-
     folder.mkdir(parents=True)
     weights = {
         name: (tensor.to(torch.bfloat16) if tensor.dim() > 1 else tensor).contiguous().cpu()
@@ -425,5 +430,25 @@ def save(model: PeftModel, folder: Path) -> None:
     }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config["default"]
-    config.inference_mode = True
-    config.save_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    write_config(config, folder)
+
+
+def write_config(config: LoraConfig, folder: Path) -> None:
+    """Write adapter_config.json so that old and new PEFTs, and programs that are none, open it alike.
+
+    A PEFT refuses fields that it does not know, so that only those are written which differ from its defaults, or
+    which others look for. rsLoRA, which some pass over, is folded into alpha: alpha times the root of the rank, over
+    the rank, is the same scale.
+    """
+    usual, fields = LoraConfig().to_dict(), config.to_dict() | {"inference_mode": True}
+    if fields.pop("use_rslora"):
+        alpha = config.lora_alpha * math.sqrt(config.r)
+        fields["lora_alpha"] = int(alpha) if alpha.is_integer() else alpha
+    fields["target_modules"] = sorted(fields["target_modules"])
+    told = {
+        name: value
+        for name, value in fields.items()
+        if name in TOLD or (value != usual[name] and name != "peft_version")
+    }
+    (folder / CONFIG).write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
