@@ -182,11 +182,13 @@ class LlamaEngine:
         log.warning(self.refused[-1])
 
     def _top_logprobs(self, adapter: str) -> list[float | None]:
+        """The model's highest log probabilities after two tokens, with an adapter or none."""
         ids = prompt_ids(self.tokenizer, [{"role": "user", "content": OPENERS[0]}])
-        body = self._body(ids[:2], adapter, Sampling(temperature=0, max_new_tokens=1, repetition_penalty=1))
-        answer = self._server.handle_completions(
-            {**body, "stream": False, "logprobs": TRIED_TOKENS, "return_progress": False}
-        )
+        body = self._body(ids[:2], adapter, Sampling(temperature=0, max_new_tokens=1))
+        # They are told beside a token of whole characters only, hence one is made to come; they are those before that.
+        ((letter,),) = self.tokenizer(["A"])["input_ids"]
+        asked = {"stream": False, "return_progress": False, "logprobs": TRIED_TOKENS, "logit_bias": [[letter, 1e6]]}
+        answer = self._server.handle_completions({**body, **asked})
         (token,) = answer["choices"][0]["logprobs"]["content"]
         return [top["logprob"] for top in token["top_logprobs"]]
 
@@ -298,7 +300,10 @@ def _open_server(path: Path, loras: Sequence[Path], num_slots: int) -> Any:
         int(threads) if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() else usable_cores()
     )
     try:
-        return xllamacpp.Server(params)
+        server = xllamacpp.Server(params)
+        # Its loop may not have begun yet, and a server that is dropped before that is waited for without end.
+        server.handle_completions({"prompt": [0], "max_tokens": 1})
+        return server
     except RuntimeError as error:
         raise Unavailable(
             f"llama.cpp cannot open {path} with {len(loras)} adapters. Free some memory, give a smaller PLACES or "

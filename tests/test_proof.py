@@ -17,7 +17,7 @@ def rows(tokenizer):
 
 def test_a_shown_row_tells_what_is_read_learned_and_ended(tokenizer, rows):
     shown = proof.show_row(tokenizer, rows[0])
-    assert "你是谁？" in shown.split("learned")[0] and "'臣妾明白。'" in shown and shown.endswith("<|im_end|> (258)")
+    assert "你是谁？" in shown.split("learned")[0] and "'臣妾明白。'" in shown and shown.endswith("<|im_end|> (259)")
 
 
 @pytest.mark.parametrize("shift", [1, -1])
