@@ -1,13 +1,18 @@
 # Two commands do everything: `make demo` opens the chat, `make test` runs the tests.
+# FLAGS are handed on: make demo FLAGS="--base small".
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# What `make demo` installs: without an NVIDIA or AMD GPU llama.cpp answers, and neither torch nor CUDA comes.
+GPU := $(shell command -v nvidia-smi || ls -d /dev/kfd 2>/dev/null)
+REQUIREMENTS ?= $(if $(GPU),requirements.txt,deploy/requirements.txt)
+DEMO := $(VENV)/$(subst /,-,$(REQUIREMENTS)).stamp
 
 .PHONY: demo test check smoke parity e2e engine-test kernel-test train space setup clean
 
-demo: $(VENV)/serve.stamp  ## set up and open the page
-	$(BIN)/python app.py
+demo: $(DEMO)  ## set up and open the page
+	$(BIN)/python app.py $(FLAGS)
 
 test: $(VENV)/develop.stamp  ## set up and run the tests
 	$(BIN)/python -m pytest
@@ -41,12 +46,19 @@ space: $(VENV)/develop.stamp  ## the page as a Space: SPACE=USER/NAME, and DRY_R
 
 setup: $(VENV)/develop.stamp  ## everything, for developers
 
-$(VENV)/serve.stamp: requirements.txt constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements.txt
+# The pip that Python brings takes twice as long for what follows.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+
+# A stamp for each list, so that one never stands for another; both install the same versions side by side. Of all these
+# modules only those that the page imports are compiled, when it does.
+$(DEMO): $(sort $(REQUIREMENTS) requirements.txt constraints.txt) | $(BIN)/python
+	$(PIP) --no-compile -r $(REQUIREMENTS)
 	touch $@
 
-$(VENV)/develop.stamp: $(VENV)/serve.stamp training/requirements.txt requirements-bits.txt tests/requirements.txt
+$(VENV)/develop.stamp: requirements.txt constraints.txt training/requirements.txt requirements-bits.txt \
+		tests/requirements.txt | $(BIN)/python
 	$(PIP) -r tests/requirements.txt
 	touch $@
 

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from training.recipe import HUANHUAN
 
 DOCUMENTS = ("README.md", "README_zh.md", "CONTRIBUTING.md", "dataset/README.md", "benchmarks/README.md")
-OTHERS = {"apt", "hf", "accelerate", "jupyter", "pip"}  # programs that are not ours to test
+OTHERS = {"apt", "hf", "accelerate", "jupyter", "pip", "llama-server", "ollama"}  # programs that are not ours to test
 
 
 def commands(document):
