@@ -68,7 +68,7 @@ class Base:
     size: int  # bytes on disk of the dense form, all that making it takes included
     gguf: Gguf
     dimensions: dict[str, int]
-    memory: int = 0  # bytes that the whole page takes with llama.cpp and four slots
+    memory: int = 0  # bytes that the whole page takes with llama.cpp and eight slots
 
     @property
     def converted(self) -> bool:
@@ -106,7 +106,7 @@ SEVEN_B = Base(
         ),
     ),
     _dimensions(3584, 18944, 28, 28, 4, 152064),
-    6_000_000_000,
+    6_500_000_000,
 )
 SMALL = Base(
     "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF",

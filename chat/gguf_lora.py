@@ -19,7 +19,7 @@ LAYERS = {
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-FORMAT = 1  # counted up when the same weights would be written otherwise, so that no old file is taken
+FORMAT = 2  # counted up when the same weights would be written otherwise, so that no old file is taken
 
 
 def cached(adapter: Adapter) -> Path:
@@ -34,8 +34,9 @@ def cached(adapter: Adapter) -> Path:
 def write(adapter: Adapter, path: Path) -> None:
     """Write an adapter that the gate let through; the file is there when it is whole.
 
-    A of shape (rank, in) and B (out, rank), in fp32, so that nothing of bf16 is lost. llama.cpp scales by alpha over
-    rank and knows no rsLoRA: the root of the rank is folded into alpha. Raises ValueError for a DoRA.
+    A of shape (rank, in) and B (out, rank), in fp16, which has all digits of bf16 but below 6e-5; fp32 costs 4 % of the
+    speed. llama.cpp scales by alpha over rank and knows no rsLoRA: the root of the rank is folded into alpha. Raises
+    ValueError for a DoRA.
     """
     import gguf
 
@@ -58,7 +59,7 @@ def write(adapter: Adapter, path: Path) -> None:
         for name, tensor in safetensors.deserialize((adapter.folder / WEIGHTS).read_bytes()):
             # base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight
             *_, layer, block, module, half, _ = name.split(".")
-            writer.add_tensor(f"blk.{layer}.{LAYERS[f'{block}.{module}']}.weight.{half.lower()}", _fp32(tensor))
+            writer.add_tensor(f"blk.{layer}.{LAYERS[f'{block}.{module}']}.weight.{half.lower()}", _fp16(tensor))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -68,11 +69,12 @@ def write(adapter: Adapter, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _fp32(tensor: dict[str, object]) -> np.ndarray:
-    """A safetensors tensor as numpy; numpy knows no bfloat16, whose bits are the upper half of an fp32."""
+def _fp16(tensor: dict[str, object]) -> np.ndarray:
+    """A safetensors tensor as numpy, infinite where fp16 ends. numpy knows no bfloat16, the upper half of an fp32."""
     data, shape = tensor["data"], tensor["shape"]
     if tensor["dtype"] == "BF16":
         flat = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)  # type: ignore[call-overload]
     else:
-        flat = np.frombuffer(data, {"F16": np.float16, "F32": np.float32}[str(tensor["dtype"])]).astype(np.float32)  # type: ignore[call-overload]
-    return flat.reshape(shape)  # type: ignore[arg-type,no-any-return]
+        flat = np.frombuffer(data, {"F16": np.float16, "F32": np.float32}[str(tensor["dtype"])])  # type: ignore[call-overload]
+    with np.errstate(over="ignore"):  # the engine refuses an adapter whose logits are not finite
+        return flat.astype(np.float16).reshape(shape)  # type: ignore[arg-type,no-any-return]

@@ -40,7 +40,7 @@ from chat.prompt import prompt_ids, trim
 
 log = logging.getLogger(__name__)
 
-SLOTS = 4  # conversations at once; each keeps 72 MB of the medium base's KV cache
+SLOTS = 8  # conversations at once; each keeps 72 MB of the medium base's KV cache
 CONTEXT = PROMPT_TOKENS + MAX_NEW_TOKENS  # tokens of a slot
 PREFILL = 256  # tokens of a prompt read at once: a reply can be cancelled, and others go on, between two of them
 TRIED_TOKENS = 16  # whose log probabilities are compared when an adapter is tried

@@ -62,7 +62,7 @@ def test_the_gguf_holds_every_tensor_and_the_scale(asked, trained, tmp_path, rsl
     wanted = {}
     for name, tensor in load_file(folder / WEIGHTS).items():
         layer, module, half = re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_([AB])\.weight", name).groups()
-        wanted[f"blk.{layer}.{layers[module]}.weight.lora_{half.lower()}"] = tensor.float().numpy()
+        wanted[f"blk.{layer}.{layers[module]}.weight.lora_{half.lower()}"] = tensor.half().numpy()
     found = {tensor.name: tensor.data for tensor in read.tensors}
     assert found.keys() == wanted.keys() and all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
@@ -141,7 +141,7 @@ def test_the_merged_model_is_base_and_adapter(asked, trained, located, tokenizer
     plain = load_base(located)(ids).logits
     worn = PeftModel.from_pretrained(load_base(located), trained.folder).eval()(ids).logits
     off = (merged.float()(ids).logits - worn).norm() / worn.norm()
-    assert off < 0.03 < 0.3 < (plain - worn).norm() / worn.norm()
+    assert off < 0.05 < 0.3 < (plain - worn).norm() / worn.norm()
 
 
 def test_the_merged_folder_is_whole_and_opens_elsewhere(asked, tiny_base, tokenizer, tmp_path):
@@ -183,7 +183,7 @@ def test_a_dora_is_merged_but_is_no_gguf(asked, trained, located, tokenizer, tmp
     ids = torch.tensor([tokenizer.encode(SYSTEM_PROMPT)])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)(ids).logits
     worn = PeftModel.from_pretrained(load_base(located), folder).eval()(ids).logits
-    assert (merged - worn).norm() / worn.norm() < 0.03
+    assert (merged - worn).norm() / worn.norm() < 0.05
 
 
 def test_nothing_is_written_over(asked, tmp_path):
