@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-# What `make demo` installs: without an NVIDIA or AMD GPU llama.cpp answers, and neither torch nor CUDA comes.
-GPU := $(shell command -v nvidia-smi || ls -d /dev/kfd 2>/dev/null)
+# What `make demo` installs: without an NVIDIA GPU llama.cpp answers, and neither torch nor CUDA comes.
+GPU := $(shell command -v nvidia-smi)
 REQUIREMENTS ?= $(if $(GPU),requirements.txt,deploy/requirements.txt)
 DEMO := $(VENV)/$(subst /,-,$(REQUIREMENTS)).stamp
 
@@ -23,8 +23,8 @@ check: $(VENV)/develop.stamp  ## ruff, mypy, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-smoke: $(VENV)/develop.stamp  ## the real small base: fetch, load, a reply through the page's API
-	$(BIN)/python -m pytest -n 0 -m real tests/test_smoke.py -s
+smoke: $(VENV)/develop.stamp  ## the real bases by both engines: fetch, load, replies through the page, the law of sampling
+	$(BIN)/python -m pytest -n 0 -m real tests/test_smoke.py tests/test_llama.py -s
 
 parity: $(VENV)/develop.stamp  ## the full set against the tutorial's formatting, with the real tokenizer
 	$(BIN)/python -m pytest -n 0 -m real tests/test_parity.py -s

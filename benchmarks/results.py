@@ -16,7 +16,7 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PACKAGES = ("torch", "transformers", "peft", "gradio")
+PACKAGES = ("torch", "transformers", "peft", "xllamacpp", "gradio")
 
 
 def save(name: str, rows: list[dict[str, Any]], units: dict[str, str], **more: Any) -> None:
@@ -33,7 +33,17 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+    return f"{os.cpu_count()} cores, {_processor()}"
+
+
+def _processor() -> str:
+    """Its name where Linux tells it, and whether it has AVX-512: half of a speed on a CPU may hang on that."""
+    cpuinfo = Path("/proc/cpuinfo")
+    told = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    name = re.search(r"^model name\s*: (.+)$", told, re.MULTILINE)
+    if not name:
+        return platform.processor() or platform.machine()
+    return f"{name[1].strip()}{', AVX-512' if 'avx512f' in told else ''}"
 
 
 def kind() -> str:

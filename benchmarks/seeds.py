@@ -13,17 +13,14 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from benchmarks import results
-from chat import local
-from chat.adapter import WEIGHTS, find
-from chat.base import locate
-from chat.engine import Sampling
-from chat.fetch import digest
+from chat import load_here
+from chat.engine import Awaited, ChatEngine, Sampling
 from training.evaluate import ASKED, SEED
 from training.probes import Attack, Probe
 from training.recipe import POCKET
 
 
-def passed(engine: local.LocalEngine, adapter: str, probes: Sequence[Probe | Attack], seed: int) -> int:
+def passed(engine: ChatEngine, adapter: str, probes: Sequence[Probe | Attack], seed: int) -> int:
     """How many answers pass."""
     sampling = Sampling(seed=seed, max_new_tokens=POCKET.reply_tokens)
     passes = 0
@@ -40,18 +37,17 @@ def main() -> None:
     parser.add_argument("--adapter", default="pocket")
     parser.add_argument("--seeds", type=int, nargs="+", default=[SEED, 1, 2])
     chosen = parser.parse_args()
-    located = local.dense(locate(chosen.base))
-    adapters = [adapter for adapter in find(located)[0] if adapter.name == chosen.adapter]
-    if not adapters:
+    loaded = load_here(chosen.base)
+    engine = loaded.wait() if isinstance(loaded, Awaited) else loaded
+    if chosen.adapter not in engine.adapters:
         parser.error(f"{chosen.adapter} is no adapter of {chosen.base}; adapters/README.md names what there is.")
-    engine = local.LocalEngine(located, adapters)
     rows = []
     for seed in chosen.seeds:
         row = {kind: passed(engine, chosen.adapter, probes, seed) for kind, (_, probes) in ASKED.items()}
         rows.append({"seed": str(seed), **row})
     name = f"seeds-{results.kind()}-{chosen.adapter}"
     units = {kind: f"of {len(probes)}" for kind, (_, probes) in ASKED.items()}
-    results.save(name, rows, units, base=located.base.name, weights=digest(adapters[0].folder / WEIGHTS))
+    results.save(name, rows, units, base=engine.base, weights=engine.digest(chosen.adapter))
     print(results.table(name))
 
 

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ENGINES = ("llama", "transformers")  # that run in this process
+INSTALL = (
+    ", or install it, `.venv/bin/pip install -c constraints.txt xllamacpp`: it has wheels for Linux (glibc), macOS 13 "
+    "and later, and Windows on x86-64"
+)
 
 # Before torch or llama.cpp is imported: OpenMP's threads wait for one another by spinning for milliseconds, and where
 # another program has a core, the one that is waited for cannot run meanwhile; ten times slower replies. After 1,000
@@ -36,7 +40,7 @@ def load_here(base: str | None = None, bits: int = 16, engine: str | None = None
     """The engine of this machine: transformers where torch has a GPU, else llama.cpp, or the one that is named.
 
     transformers also takes what llama.cpp cannot: a folder that is no GGUF, 8 or 4 bits by bitsandbytes, a platform
-    without a wheel of xllamacpp. Raises Unavailable or ValueError, with what to do.
+    that xllamacpp has no wheel for. Raises Unavailable or ValueError, with what to do.
     """
     from chat.base import is_folder
     from chat.machine import has_gpu
@@ -44,11 +48,11 @@ def load_here(base: str | None = None, bits: int = 16, engine: str | None = None
     why = (
         "--base or MODEL_FOLDER names a folder, which llama.cpp cannot open" if is_folder(base)
         else f"--bits {bits} is done by bitsandbytes" if bits != 16
-        else "xllamacpp, which brings llama.cpp, has no wheel for this platform" if not find_spec("xllamacpp")
+        else "xllamacpp, which brings llama.cpp, is not installed" if not find_spec("xllamacpp")
         else ""
     )  # fmt: skip
     if engine == "llama" and why:
-        raise ValueError(f"{why}. Leave --engine llama out.")
+        raise ValueError(f"{why}. Leave --engine llama out{INSTALL if 'xllamacpp' in why else ''}.")
     if engine == "llama" or (engine is None and not why and not has_gpu()):
         from chat import llama
 
@@ -59,7 +63,7 @@ def load_here(base: str | None = None, bits: int = 16, engine: str | None = None
             "Install them, `.venv/bin/pip install -c constraints.txt -r requirements.txt`, and start again."
         )
     if why and engine is None and not has_gpu():
-        log.info("transformers answers: %s.", why)
+        log.warning("transformers answers: %s%s.", why, INSTALL if "xllamacpp" in why else "")
     from chat import local  # here, so that --help and the page's tests need no torch
 
     return local.load(base, bits)

@@ -25,7 +25,7 @@ def main() -> None:
     try:
         engine = load(chosen.base, chosen.bits, chosen.engine)
         engine = engine.wait() if isinstance(engine, Awaited) else engine
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         sys.exit(str(error))
     talk(engine, chosen.adapter or engine.adapters[0])
 

@@ -41,7 +41,8 @@ OPTIONS = {
 }  # fmt: skip
 DRAWN = (None, True, False, "gaussian", "orthogonal")  # beginnings that leave the base's weights alone
 MAX_RANK = 64
-MAX_ALPHA = 4096
+MIN_ALPHA = 1e-3  # none, or 0, is strength 1 to llama.cpp, and 0 to PEFT
+MAX_ALPHA = 4096 * 8  # 4096 of an rsLoRA of rank 64, as it is saved
 MAX_BYTES = 1 << 30
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 EXPONENT = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
@@ -208,8 +209,9 @@ def _check_options(folder: Path, config: dict[str, Any]) -> None:
     more += ["init_lora_weights"] if config.get("init_lora_weights") not in DRAWN else []
     if more:
         raise ValueError(f"{folder} is not a LoRA alone: it sets {more[0]}. Train one with `python -m training.run`.")
-    for name, least, most in (("lora_alpha", 0, MAX_ALPHA), ("lora_dropout", 0, 1)):
-        if not isinstance(value := config.get(name, 0), int | float) or not least <= value <= most:
+    for name, least, most in (("lora_alpha", MIN_ALPHA, MAX_ALPHA), ("lora_dropout", 0, 1)):
+        value = config.get(name, 0)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"{folder} has {name} {value!r}; it may be {least} to {most}. Copy the folder again.")
 
 

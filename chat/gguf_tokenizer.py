@@ -37,11 +37,11 @@ class GgufTokenizer:
             template, end = metadata["tokenizer.chat_template"], metadata["tokenizer.ggml.eos_token_id"]
             if (metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]) != ("gpt2", "qwen2"):
                 raise ValueError("its tokenizer is not Qwen2's")
-        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+            self.eos_token: str = tokens[end]
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
             raise Unavailable(
                 f"{path} cannot be read as a GGUF of Qwen2.5 ({error}). Delete it and start again."
             ) from error
-        self.eos_token: str = tokens[end]
         self.backend_tokenizer = tokenizer = Tokenizer(
             models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=merges)
         )
@@ -91,8 +91,14 @@ class _Reader:
         self.position += struct.calcsize(f"<{letter}")
         return value
 
+    def length(self) -> int:
+        length = int(self.scalar("Q"))
+        if length > len(self.data):
+            raise ValueError("a string or an array in it is longer than the file")
+        return length
+
     def string(self) -> str:
-        length = self.scalar("Q")
+        length = self.length()
         self.position += length
         return self.data[self.position - length : self.position].decode()
 
@@ -101,7 +107,5 @@ class _Reader:
             return self.string()
         if kind != ARRAY:
             return self.scalar(SCALARS[kind])
-        kind, length = self.scalar("I"), self.scalar("Q")
-        if length > len(self.data):
-            raise ValueError("an array in it is longer than the file")
+        kind, length = self.scalar("I"), self.length()
         return [self.value(kind) for _ in range(length)]

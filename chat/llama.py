@@ -1,7 +1,7 @@
 """LlamaEngine: llama.cpp in this process, for machines without an NVIDIA GPU: CPUs, and Macs by Metal.
 
 xllamacpp embeds llama.cpp's server. The base's GGUF is served as it is, its adapters as GGUF LoRA, chosen for each
-request; several requests are decoded together, each in a slot that keeps the KV cache of its last conversation.
+request; requests of one adapter are decoded together, each in a slot that keeps the KV cache of its last conversation.
 """
 
 import logging
@@ -10,6 +10,7 @@ import queue
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 SLOTS = 8  # conversations at once; each keeps 72 MB of the medium base's KV cache
 CONTEXT = PROMPT_TOKENS + MAX_NEW_TOKENS  # tokens of a slot
 PREFILL = 256  # tokens of a prompt read at once: a reply can be cancelled, and others go on, between two of them
+BEAT = 0.5  # seconds between two signs of life while nothing is said, so that a visitor who left is noticed
 TRIED_TOKENS = 16  # whose log probabilities are compared when an adapter is tried
 
 
@@ -67,7 +69,10 @@ def load(choice: str | None = None) -> Awaited:
     choice = choice or best_base()
     located = bases.locate(choice, gguf=True)
     if (free := available_memory()) < located.base.memory:
-        log.warning("%s needs %.1f GB of memory, %.1f are free.", choice, located.base.memory / 1e9, free / 1e9)
+        log.warning(
+            "%s needs %.1f GB of memory, %.1f are free. If it is too slow, give a smaller PLACES or --base small.",
+            choice, located.base.memory / 1e9, free / 1e9,
+        )  # fmt: skip
     found, refused = find(located)
     adapters = [adapter for adapter in found if not adapter.dora]
     refused += [
@@ -91,6 +96,41 @@ def _served_by(located: Located) -> str:
     return f"{located.base.name} ({located.source}, llama.cpp)"
 
 
+class LoraQueue:
+    """Lets requests in by the order in which they came, those of one LoRA together.
+
+    llama.cpp decodes the slots of one LoRA and leaves those of others standing, without a limit while new ones of the
+    first come. Here a request waits until those before it are in, and those of another LoRA are done.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[object, str]] = deque()
+        self._active, self._running = "", 0
+
+    def enter(self, lora: str, cancel: threading.Event) -> bool:
+        """Wait for the turn of this LoRA; False when cancelled before it came."""
+        ticket = object(), lora
+        with self._changed:
+            self._waiting.append(ticket)
+            while not (cancelled := cancel.is_set()) and not self._may_enter(ticket):
+                self._changed.wait(BEAT)
+            self._waiting.remove(ticket)
+            if not cancelled:
+                self._active, self._running = lora, self._running + 1
+            self._changed.notify_all()
+            return not cancelled
+
+    def _may_enter(self, ticket: tuple[object, str]) -> bool:
+        return self._waiting[0] is ticket and (not self._running or self._active == ticket[1])
+
+    def leave(self) -> None:
+        """One that entered is done."""
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+
 @dataclass(eq=False)
 class _Reply:
     """A reply under way on one slot; `chunks` gets its text, tagged with its row, and None at its end."""
@@ -101,7 +141,7 @@ class _Reply:
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0
     tokens: int = 0
-    held: str = ""  # replacement characters at the end: of a character that its next token may complete
+    held: str = ""  # U+FFFD at the end: what llama.cpp writes for a character that the end of the reply cut
     finish_reason: str | None = None
     error: str | None = None
 
@@ -113,6 +153,9 @@ class _Reply:
         if self.cancel.is_set():
             self.finish_reason = "cancelled"
             return True
+        if time.perf_counter() - self.started > REPLY_SECONDS:
+            self.finish_reason = "time"
+            return True
         if "prompt_progress" in event:
             return False
         (choice,) = event["choices"]
@@ -120,16 +163,13 @@ class _Reply:
             self.tokens = event["usage"]["completion_tokens"]
             self.finish_reason = {"stop": "end"}.get(choice["finish_reason"], choice["finish_reason"])
             return False
-        self.tokens += 1
+        self.tokens = event["timings"]["predicted_n"]
         self.first_token = self.first_token or time.perf_counter() - self.started
         text = self.held + choice["text"]
         ready = text.rstrip("\ufffd")
         self.held = text[len(ready) :]
         if ready:
             self.chunks.put((self.row, Piece(ready)))
-        if time.perf_counter() - self.started > REPLY_SECONDS:
-            self.finish_reason = "time"
-            return True
         return False
 
     def cost(self) -> Cost:
@@ -153,6 +193,7 @@ class LlamaEngine:
         self._loras = [adapter.name for adapter in adapters]
         self._server = _open_server(located.path, [gguf_lora.cached(adapter) for adapter in adapters], num_slots)
         self._threads = ThreadPoolExecutor(num_slots, thread_name_prefix="llama")
+        self._lora_queue = LoraQueue()
         self.refused: list[str] = []
         self._served: list[str] = []
         self._digests: dict[str, str] = {}
@@ -198,6 +239,7 @@ class LlamaEngine:
         """Answer the last turn, a piece for each token; with `go_on` continue it.
 
         Closing the iterator or setting `cancel` frees the slot within a token, or within PREFILL tokens of the prompt.
+        Until the first token comes an empty piece every BEAT seconds lets the iterator be closed.
         Raises ValueError for an unknown adapter or a question too long, RuntimeError when llama.cpp fails.
         """
         for _, piece in self._generate(turns, [adapter], sampling, cancel, go_on):
@@ -206,7 +248,7 @@ class LlamaEngine:
     def compare(
         self, turns: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event
     ) -> Iterator[tuple[int, Piece]]:
-        """Answer with several adapters side by side, each in a slot of its own. Raises as `stream` does."""
+        """Answer with several adapters, one after the other as LoraQueue says. Raises as `stream` does."""
         return self._generate(turns, adapters, sampling, cancel)
 
     def _generate(
@@ -225,9 +267,7 @@ class LlamaEngine:
             work.append(self._threads.submit(self._reply, self._body(ids, adapter, sampling), row, chunks, cancel))
             work[-1].add_done_callback(lambda _: chunks.put(None))
         try:
-            for _ in work:
-                while chunk := chunks.get():
-                    yield chunk
+            yield from _drained(chunks, len(work))
             for row, part in enumerate(work):
                 yield row, Piece("", replace(part.result(), forgotten=len(turns) - len(kept)))
         finally:
@@ -241,11 +281,15 @@ class LlamaEngine:
         cancel: threading.Event,
     ) -> Cost:
         """Generate one reply on a thread of this engine; llama.cpp calls back with each token."""
-        if cancel.is_set():  # gave up while waiting for a slot
+        lora = str(body["lora"])
+        if not self._lora_queue.enter(lora, cancel):
             return Cost("cancelled", 0, 0, 0)
-        reply = _Reply(row, chunks, cancel)
-        self._server.handle_completions(body, reply)
-        return reply.cost()
+        try:
+            reply = _Reply(row, chunks, cancel)
+            self._server.handle_completions(body, reply)
+            return reply.cost()
+        finally:
+            self._lora_queue.leave()
 
     def _body(self, ids: Sequence[int], adapter: str, sampling: Sampling) -> dict[str, Any]:
         """A request of llama.cpp's server, with transformers' law of sampling: its order, and no sampler of its own.
@@ -257,6 +301,7 @@ class LlamaEngine:
             "prompt": list(ids),
             "stream": True,
             "return_progress": True,
+            "timings_per_token": True,  # they count tokens; one within a character makes no event
             "max_tokens": sampling.max_new_tokens,
             "samplers": ["penalties", "temperature", "top_k", "top_p"],
             "temperature": sampling.temperature,
@@ -270,17 +315,31 @@ class LlamaEngine:
         }
 
 
+def _drained(chunks: "queue.SimpleQueue[tuple[int, Piece] | None]", replies: int) -> Iterator[tuple[int, Piece]]:
+    """What comes out of a queue into which each reply puts None at its end, and a sign of life while nothing does."""
+    while replies:
+        try:
+            chunk = chunks.get(timeout=BEAT)
+        except queue.Empty:
+            yield 0, Piece("")
+            continue
+        if chunk:
+            yield chunk
+        else:
+            replies -= 1
+
+
 def _open_server(path: Path, loras: Sequence[Path], num_slots: int) -> Any:
     """llama.cpp's server in this process.
 
     The prompt cache in RAM stays off: it is not keyed by LoRA, and would answer one adapter with another's keys and
     values. The server listens on loopback even when it is called directly: a key that nobody knows, and routes that
-    are off, keep others on this machine from it.
+    are off, keep others on this machine from it; the routes that need no key tell neither a path nor a word.
     """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(path)
+    params.model.path, params.model_alias = str(path), {"chat"}
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 0.0) for lora in loras]
     params.n_parallel, params.n_ctx, params.kv_unified = num_slots, num_slots * CONTEXT, False
     params.n_batch = params.n_ubatch = PREFILL
@@ -288,16 +347,17 @@ def _open_server(path: Path, loras: Sequence[Path], num_slots: int) -> Any:
     params.warmup, params.verbosity = False, -1
     params.api_keys, params.hostnames = [secrets.token_hex()], ["127.0.0.1"]
     params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = params.ui = False
-    params.n_gpu_layers = 999  # all of them, where there is a GPU that llama.cpp was built for
     on_cpu = all(
         device["type"] == xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
         for device in xllamacpp.get_device_info()
     )
-    params.fit_params = not on_cpu
+    params.fit_params = not on_cpu  # as many layers on the GPU, if llama.cpp was built for one, as fit there
     if on_cpu:  # read rather than mapped: what is repacked for the CPU would stay in memory twice
         params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = (
-        int(threads) if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() else usable_cores()
+        int(threads)
+        if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(threads)
+        else usable_cores()
     )
     try:
         server = xllamacpp.Server(params)

@@ -98,18 +98,22 @@ def _convert(located: Located, folder: Path) -> None:
     )
     model.config.tie_word_embeddings = True
     model.model.embed_tokens.weight = model.lm_head.weight
-    ends = [tokenizer.convert_tokens_to_ids(token) for token in (END, PAD)]
-    model.generation_config = GenerationConfig(
-        **bases.SAMPLING, do_sample=True, eos_token_id=ends, pad_token_id=ends[1]
-    )
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    config = bases.read_config(part)
-    # transformers 4 looks for it here alone, and takes 10,000 without a word where it is not.
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_base(model, tokenizer, part)
     bases.seal(part, located.source)
     os.replace(part, folder)
+
+
+def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model, its tokenizer and our sampling as a folder that transformers opens, from 4.45 on."""
+    model.generation_config = GenerationConfig(
+        **bases.SAMPLING, do_sample=True, eos_token_id=ends(tokenizer), pad_token_id=ends(tokenizer)[1]
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder, save_jinja_files=False)  # the template where older programs look, too
+    config = bases.read_config(folder)
+    # transformers 4 looks for it here alone, and takes 10,000 without a word where it is not.
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def places() -> int:

@@ -20,7 +20,8 @@ def available_memory() -> int:
         if limit == "max":
             return free
         held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return min(free, int(limit) - int(used) + int(held.get("inactive_file", 0)))  # what files hold can be given up
+        files = int(held.get("inactive_file", 0)) + int(held.get("active_file", 0))  # what they hold can be given up
+        return min(free, int(limit) - int(used) + files)
     except (OSError, ValueError):
         return free
 

@@ -39,8 +39,10 @@ def connect(settings: Mapping[str, str] = os.environ, limits: Limits | None = No
     fallback = None
     if choice := settings.get("ENGINE_FALLBACK"):
         from chat import load_here
+        from chat.base import BASES
 
-        fallback = load_here(choice)
+        # Not on a GPU, which may be the very one that the engine fills.
+        fallback = load_here(choice, engine="llama" if choice in BASES else None)
     engine = RemoteEngine(
         [url.strip() for url in settings[URL].split(",") if url.strip()],
         key=settings.get("ENGINE_KEY", ""),

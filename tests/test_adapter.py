@@ -37,6 +37,7 @@ SPOILED = {
     "it sets bias": lambda f: edit(f / CONFIG, bias="all"),
     "it sets init_lora_weights": lambda f: edit(f / CONFIG, init_lora_weights="pissa"),
     "has lora_alpha 'much'": lambda f: edit(f / CONFIG, lora_alpha="much"),
+    "has lora_alpha 0; it may be 0.001": lambda f: edit(f / CONFIG, lora_alpha=0),
     "has lora_alpha nan": lambda f: edit(f / CONFIG, lora_alpha=float("nan")),
     "has lora_dropout 2": lambda f: edit(f / CONFIG, lora_dropout=2),
     "was trained on other/base, this base is tiny": lambda f: edit(f / CONFIG, base_model_name_or_path="other/base"),

@@ -19,7 +19,7 @@ HALVES = (BODY[:7000], BODY[7000:])
 
 @pytest.fixture
 def small(file_server, monkeypatch):
-    """A packed base of two archives on a loopback index; the Hub and ModelScope do not answer."""
+    """A base of two archives on a loopback index; the Hub and ModelScope do not answer."""
     gguf = _gguf("org/tiny", ("cut-1", "cut-2"))
     for n, half in enumerate(HALVES, start=1):
         whole = io.BytesIO()
@@ -221,10 +221,30 @@ def test_a_shard_of_the_seven_b_is_checked_against_its_blob_and_fetched_again(tm
     bases._verify_shards(bases.SEVEN_B, folder)
 
 
+def test_a_damaged_gguf_of_the_hub_is_fetched_again_by_the_hubs_library(small, tmp_path, monkeypatch):
+    path, forced = tmp_path / "tiny.gguf", []
+
+    def download(repo, name, revision, force_download):
+        forced.append(force_download)
+        path.write_bytes(BODY if force_download else bytes(len(BODY)))
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(bases, "_require_answer", lambda _: None)
+    found = locate("small", gguf=True)
+    assert found.source == "hub" and forced == [False]
+    found.verify()
+    assert forced == [False, True] and path.read_bytes() == BODY
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(path))
+    path.write_bytes(bytes(len(BODY)))
+    with pytest.raises(Unavailable, match=r"Delete .*tiny\.gguf and start again"):
+        found.verify()
+
+
 def test_the_gguf_of_the_seven_b_is_asked_for_in_its_own_repository(monkeypatch, tmp_path):
     asked = []
 
-    def download(repo, name, revision):
+    def download(repo, name, revision, force_download):
         asked.append((repo, name, revision))
         with (tmp_path / name).open("wb") as file:
             file.truncate({file.name: file.size for file in bases.SEVEN_B.gguf.files}[name])  # a hole on the disk

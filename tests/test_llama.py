@@ -244,17 +244,83 @@ def test_visitors_beyond_the_slots_wait_and_each_hears_his_own(engine):
 
 def test_who_leaves_while_waiting_takes_no_slot(engine, monkeypatch):
     endless(engine, monkeypatch)
-    long = Sampling(max_new_tokens=512)
+    long, asked = Sampling(max_new_tokens=512), []
+    enter = engine._lora_queue.enter
+    monkeypatch.setattr(engine._lora_queue, "enter", lambda *given: asked.append(enter(*given)) or asked[-1])
+    monkeypatch.setattr(llama._Reply, "__call__", slowly(llama._Reply.__call__))
     streams = [engine.stream(user("你是谁？"), BASE_ONLY, long, threading.Event()) for _ in range(2)]
     for stream in streams:
         next(stream)
-    cancel = threading.Event()
-    waiting = engine.stream(user("再问"), "tiny", long, cancel)
+    cancel, left = threading.Event(), []
+    waiting = threading.Thread(target=lambda: left.extend(engine.stream(user("再问"), "tiny", long, cancel)))
+    waiting.start()
+    while engine._threads._work_queue.empty():
+        time.sleep(0.01)
     cancel.set()
     for stream in streams:
         stream.close()
-    (only,) = waiting
-    assert (only.cost.stopped, only.cost.tokens) == ("cancelled", 0)
+    waiting.join(10)
+    assert (left[-1].cost.stopped, left[-1].cost.tokens, asked) == ("cancelled", 0, [True, True, False])
+
+
+def slowly(call):
+    """An engine that takes 5 ms for each event, so that a reply takes as long as a test needs."""
+    return lambda self, event: time.sleep(0.005) or call(self, event)
+
+
+def test_a_stream_shows_life_while_it_waits_so_that_it_can_be_closed(engine, monkeypatch):
+    endless(engine, monkeypatch)
+    monkeypatch.setattr(llama, "BEAT", 0.02)
+    monkeypatch.setattr(llama._Reply, "__call__", slowly(llama._Reply.__call__))
+    speaking = engine.stream(user("你是谁？"), BASE_ONLY, Sampling(max_new_tokens=512), threading.Event())
+    while not next(speaking).text:
+        pass
+    waiting = engine.stream(user("你是谁？"), "tiny", GREEDY, threading.Event())
+    assert [next(waiting).text for _ in range(3)] == ["", "", ""]
+    waiting.close()
+    speaking.close()
+
+
+def test_one_lora_does_not_keep_another_waiting_without_end(engine, monkeypatch):
+    """llama.cpp decodes the LoRA of the first busy slot; new requests for it would keep the others standing."""
+    monkeypatch.setattr(llama._Reply, "__call__", slowly(llama._Reply.__call__))
+    order, asked = [], threading.Semaphore(0)
+
+    def ask(name, adapter):
+        stream = engine.stream(user("你是谁？"), adapter, replace(GREEDY, max_new_tokens=12), threading.Event())
+        for n, _ in enumerate(stream):
+            order.append((name, n))
+            asked.release()
+
+    threads = [threading.Thread(target=ask, args=(n, "tiny")) for n in range(2)]
+    threads.append(threading.Thread(target=ask, args=("base", BASE_ONLY)))
+    threads += [threading.Thread(target=ask, args=(n, "tiny")) for n in range(2, 8)]
+    for thread in threads:
+        thread.start()
+        asked.acquire() if thread is threads[0] else time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    came = [name for name, n in order if n == 0]
+    assert set(came[:2]) == {0, 1} and came[2] == "base"
+
+
+@pytest.mark.parametrize("adapters", [["tiny", BASE_ONLY], [BASE_ONLY, "tiny"]])
+def test_those_of_one_lora_are_let_in_together(adapters):
+    queue, inside = llama.LoraQueue(), []
+    never = threading.Event()
+    assert queue.enter(adapters[0], never) and queue.enter(adapters[0], never)
+    other = threading.Thread(target=lambda: inside.append(queue.enter(adapters[1], never)))
+    other.start()
+    while not queue._waiting:
+        time.sleep(0.001)
+    gone = threading.Event()
+    gone.set()
+    assert not queue.enter(adapters[0], gone)  # behind the other, and it left
+    queue.leave()
+    assert not inside
+    queue.leave()
+    other.join(5)
+    assert inside == [True]
 
 
 def test_a_prompt_is_given_up_between_two_parts_of_it(engine):
@@ -276,7 +342,7 @@ def test_a_reply_ends_after_its_time(engine, monkeypatch):
     endless(engine, monkeypatch)
     monkeypatch.setattr(llama, "REPLY_SECONDS", 0.0)
     _, cost = say(engine, user("你是谁？"), sampling=Sampling(max_new_tokens=512))
-    assert cost.stopped == "time" and cost.tokens < 10
+    assert (cost.stopped, cost.tokens) == ("time", 0)
 
 
 def test_a_character_cut_in_half_is_not_shown(engine):
@@ -316,13 +382,19 @@ def test_rslora_is_folded_into_alpha(trained, tiny_gguf, located, tmp_path):
         assert parting(*replies, ids, theirs, "rooted") < 0.05
 
 
-def test_the_server_behind_it_answers_nobody_else(engine):
+def test_the_server_behind_it_answers_nobody_else(engine, tiny_gguf):
     address = engine._server.listening_address
     assert address.startswith("http://127.0.0.1:")
     for path, data in (("/completion", b"{}"), ("/lora-adapters", b"[]"), ("/slots", None), ("/props", None)):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(urllib.request.Request(address + path, data), timeout=5)
         assert refused.value.code in (401, 403, 404)
+    for path in ("/v1/models", "/models", "/health"):  # some of these need no key
+        try:
+            told = urllib.request.urlopen(address + path, timeout=5).read().decode()
+        except urllib.error.HTTPError as refusal:
+            told = refusal.read().decode()
+        assert str(tiny_gguf.path.parent) not in told, path
 
 
 def test_a_failure_of_llama_cpp_is_told_and_the_engine_lives(engine, monkeypatch):
@@ -403,11 +475,21 @@ def test_what_llama_cpp_cannot_do_is_said_or_done_by_transformers(tiny_base, mon
     with pytest.raises(ValueError, match="--bits 4 is done by bitsandbytes"):
         chat.load("small", bits=4, engine="llama")
     assert isinstance(chat.load(str(tiny_base)).wait(), LocalEngine)
+    with pytest.raises(ValueError, match="'smal' is no base: name one of 7b, medium, small"):
+        chat.load("smal")
     monkeypatch.setattr(chat, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"xllamacpp.* has no wheel for this platform: this takes transformers and torch"
-    ):
+    with pytest.raises(ValueError, match=r"xllamacpp.* is not installed: this takes transformers and torch"):
         chat.load("small")
+    with pytest.raises(ValueError, match=r"Leave --engine llama out, or install it, .* it has wheels for Linux"):
+        chat.load("small", engine="llama")
+
+
+def test_a_folder_with_both_forms_is_served_by_either(small, tiny_base, monkeypatch, tmp_path):
+    both = shutil.copytree(tiny_base, tmp_path / "both")
+    shutil.copy(locate("small", gguf=True).path, both)
+    monkeypatch.setenv("MODEL_FOLDER", str(both))
+    assert isinstance(chat.load("small").wait(), LlamaEngine)
+    assert isinstance(chat.load("small", engine="transformers").wait(), LocalEngine)
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -415,12 +497,14 @@ def test_a_file_of_the_users_that_is_no_base_is_refused_and_kept(small, tmp_path
     theirs = tmp_path / "theirs" / "thesis.gguf"
     theirs.parent.mkdir()
     theirs.write_bytes(b"years of work")
-    named = tmp_path / "models" / small.gguf.files[0].name
-    named.parent.mkdir()
+    named = bases.cache() / "models" / small.gguf.files[0].name  # in our cache, but put there by the user
+    named.parent.mkdir(parents=True)
     named.symlink_to(theirs) if linked else named.write_bytes(theirs.read_bytes())
     monkeypatch.setenv("MODEL_FOLDER", str(named.parent))
     for gguf in (True, False):
-        with pytest.raises(Unavailable, match=r"is not the published file.*Delete it yourself"):
+        with pytest.raises(
+            Unavailable, match=r"is not the published file.*Put that in its place, or name another folder"
+        ):
             locate("small", gguf=gguf)
     assert theirs.read_bytes() == named.read_bytes() == b"years of work"
 

@@ -433,7 +433,7 @@ def test_a_reply_waits_for_an_engine_that_is_starting_again(serve, join):
 
 
 def test_the_small_base_answers_only_when_allowed(serve, join, monkeypatch):
-    monkeypatch.setattr("chat.load_here", lambda choice: ScriptedEngine(f"本地{choice}"))
+    monkeypatch.setattr("chat.load_here", lambda choice, engine: ScriptedEngine(f"本地{choice}"))
     server = serve()
     patient = replace(QUICK, patience=30)
     strict, lenient = join(server, limits=HASTY), join(server, limits=patient, ENGINE_FALLBACK="small")

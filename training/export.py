@@ -7,12 +7,12 @@ python -m training.export adapters/pocket --merged pocket-merged
 import json
 import os
 import re
-import shutil
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from chat import base as bases
 from chat import gguf_lora
 from chat.adapter import CONFIG, PART, Adapter
 from chat.base import BASES, Base, Located, locate
@@ -99,19 +99,15 @@ def write_merged(adapter: Adapter, located: Located, folder: Path) -> None:
 
     They are added up in fp32, four bytes a parameter, and rounded once. Raises OSError or Unavailable.
     """
-    part = folder.with_name(folder.name + PART)
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        _save_merged(adapter, located, part)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True) as part:
+        _save_merged(adapter, located, whole := Path(part) / "whole")
+        os.replace(whole, folder)
 
 
 def _save_merged(adapter: Adapter, located: Located, folder: Path) -> None:
     import torch
     from peft import PeftModel
-    from transformers import GenerationConfig
 
     from chat import local
     from chat.fetch import require_room
@@ -119,18 +115,9 @@ def _save_merged(adapter: Adapter, located: Located, folder: Path) -> None:
     tokenizer = local.load_tokenizer(located)
     worn = PeftModel.from_pretrained(local.load_base(located, "cpu").float(), str(adapter.folder))
     model: Any = worn.merge_and_unload().to(torch.bfloat16)
-    ends = local.ends(tokenizer)
-    model.generation_config = GenerationConfig(
-        **bases.SAMPLING, do_sample=True, eos_token_id=ends, pad_token_id=ends[1]
-    )
-    folder.mkdir(parents=True)
+    folder.mkdir()
     require_room(folder, 2 * model.num_parameters())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder, save_jinja_files=False)  # where older programs look, too
-    config = bases.read_config(folder)
-    # transformers 4 looks for it here alone, and takes 10,000 without a word where it is not.
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    (folder / bases.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    local.save_base(model, tokenizer, folder)
 
 
 def main() -> None:
@@ -163,6 +150,11 @@ def _convert(folder: Path, choice: str, path: Path) -> None:
 
 
 def _merge(folder: Path, choice: str, merged: Path) -> None:
+    if not find_spec("torch"):
+        raise ValueError(
+            "--merged adds tensors up with torch, which is not installed here. Install it, "
+            "`.venv/bin/pip install -c constraints.txt -r requirements.txt`, and start again."
+        )
     from chat import local
 
     _require_free(merged)  # before a base is fetched
