@@ -23,7 +23,7 @@ check: $(VENV)/develop.stamp  ## ruff, mypy, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-smoke: $(VENV)/develop.stamp  ## the real bases by both engines: fetch, load, replies through the page, the law of sampling
+smoke: $(VENV)/develop.stamp  ## the real bases by both engines: fetch, load, replies through the page, how tokens are drawn
 	$(BIN)/python -m pytest -n 0 -m real tests/test_smoke.py tests/test_llama.py -s
 
 parity: $(VENV)/develop.stamp  ## the full set against the tutorial's formatting, with the real tokenizer

@@ -204,10 +204,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def locate(choice: str, gguf: bool = False) -> Located:
     """Find a base by name (`7b`, `medium`, `small`) or by the path of a folder; fetch it when it is not on this disk.
 
-    With `gguf` a named base comes as its GGUF, checked each time: what llama.cpp opens. Without it, as a dense folder
-    where there is one, else as the GGUF to convert. The named bases are asked for in the order of MODEL_SOURCE
-    (default `hub,modelscope,index`); MODEL_FOLDER names a folder that already holds the bytes. Raises Unavailable,
-    with all that was tried, or ValueError.
+    With `gguf` a named base comes as its GGUF, which llama.cpp opens; whoever opens it calls `verify` first. Without
+    it, as a dense folder where there is one, else as the GGUF to convert. The named bases are asked for in the order
+    of MODEL_SOURCE (default `hub,modelscope,index`); MODEL_FOLDER names a folder that already holds the bytes. Raises
+    Unavailable, with all that was tried, or ValueError.
     """
     if choice not in BASES:
         return _own_folder(choice)
@@ -243,6 +243,8 @@ def converted_by(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         damaged = [name for name, sha256 in manifest["sha256"].items() if digest(folder / name) != sha256]
         source = str(manifest["source"])
+        if CONFIG not in manifest["sha256"]:
+            damaged.append(CONFIG)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         damaged, source = [MANIFEST], ""
     if damaged:

@@ -19,6 +19,7 @@ LAYERS = {
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+NO_DORA = "{name} is a DoRA, which llama.cpp does not know. Serve it with --engine transformers."
 FORMAT = 2  # counted up when the same weights would be written otherwise, so that no old file is taken
 
 
@@ -41,9 +42,7 @@ def write(adapter: Adapter, path: Path) -> None:
     import gguf
 
     if adapter.dora:
-        raise ValueError(
-            f"{adapter.name} is a DoRA, which llama.cpp does not know. Serve it with --engine transformers."
-        )
+        raise ValueError(NO_DORA.format(name=adapter.name))
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of each file that it writes
     config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)

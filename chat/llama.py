@@ -45,7 +45,7 @@ SLOTS = 8  # conversations at once; each keeps 72 MB of the medium base's KV cac
 CONTEXT = PROMPT_TOKENS + MAX_NEW_TOKENS  # tokens of a slot
 PREFILL = 256  # tokens of a prompt read at once: a reply can be cancelled, and others go on, between two of them
 BEAT = 0.5  # seconds between two signs of life while nothing is said, so that a visitor who left is noticed
-TRIED_TOKENS = 16  # whose log probabilities are compared when an adapter is tried
+TOP_LOGPROBS = 16  # whose log probabilities are compared when an adapter is tried
 
 
 def best_base() -> str:
@@ -75,11 +75,7 @@ def load(choice: str | None = None) -> Awaited:
         )  # fmt: skip
     found, refused = find(located)
     adapters = [adapter for adapter in found if not adapter.dora]
-    refused += [
-        f"{adapter.name} is a DoRA, which llama.cpp does not know. Serve it with --engine transformers."
-        for adapter in found
-        if adapter.dora
-    ]
+    refused += [gguf_lora.NO_DORA.format(name=adapter.name) for adapter in found if adapter.dora]
     for sentence in refused:
         log.warning(sentence)
 
@@ -228,8 +224,10 @@ class LlamaEngine:
         body = self._body(ids[:2], adapter, Sampling(temperature=0, max_new_tokens=1))
         # They are told beside a token of whole characters only, hence one is made to come; they are those before that.
         ((letter,),) = self.tokenizer(["A"])["input_ids"]
-        asked = {"stream": False, "return_progress": False, "logprobs": TRIED_TOKENS, "logit_bias": [[letter, 1e6]]}
+        asked = {"stream": False, "return_progress": False, "logprobs": TOP_LOGPROBS, "logit_bias": [[letter, 1e6]]}
         answer = self._server.handle_completions({**body, **asked})
+        if "choices" not in answer:
+            raise RuntimeError(f"llama.cpp failed while {adapter} was tried: {answer}. Leave that adapter out.")
         (token,) = answer["choices"][0]["logprobs"]["content"]
         return [top["logprob"] for top in token["top_logprobs"]]
 
@@ -292,7 +290,7 @@ class LlamaEngine:
             self._lora_queue.leave()
 
     def _body(self, ids: Sequence[int], adapter: str, sampling: Sampling) -> dict[str, Any]:
-        """A request of llama.cpp's server, with transformers' law of sampling: its order, and no sampler of its own.
+        """A request of llama.cpp's server that samples as transformers does: the same samplers in the same order.
 
         The repetition penalty looks at prompt and reply, as transformers' does. Every LoRA is named with its scale, as
         those left out would keep theirs.

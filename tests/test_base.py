@@ -167,6 +167,7 @@ def _converted(small):
     dense = bases.dense_folder(small)
     dense.mkdir(parents=True)
     (dense / "model.safetensors").write_bytes(b"weights")
+    (dense / "config.json").write_text("{}")
     bases.seal(dense, "modelscope")
     return dense
 
@@ -184,6 +185,7 @@ def test_what_was_converted_once_is_used_at_once(small, file_server):
         lambda folder: (folder / "model.safetensors").unlink(),
         lambda folder: (folder / bases.MANIFEST).write_text("{"),
         lambda folder: (folder / bases.MANIFEST).write_text('{"sha256": {}}'),
+        lambda folder: (folder / bases.MANIFEST).write_text('{"source": "hub", "sha256": {}}'),
         lambda folder: (folder / bases.MANIFEST).unlink(),
     ],
 )

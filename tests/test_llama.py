@@ -382,6 +382,12 @@ def test_rslora_is_folded_into_alpha(trained, tiny_gguf, located, tmp_path):
         assert parting(*replies, ids, theirs, "rooted") < 0.05
 
 
+def test_a_failure_while_an_adapter_is_tried_is_a_sentence(engine, trained, monkeypatch):
+    monkeypatch.setattr(engine, "_body", lambda *given: {"prompt": [1], "lora": "no list"})
+    with pytest.raises(RuntimeError, match=r"llama\.cpp failed while base was tried: .* Leave that adapter out"):
+        engine._admit(trained)
+
+
 def test_the_server_behind_it_answers_nobody_else(engine, tiny_gguf):
     address = engine._server.listening_address
     assert address.startswith("http://127.0.0.1:")

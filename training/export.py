@@ -113,8 +113,8 @@ def _save_merged(adapter: Adapter, located: Located, folder: Path) -> None:
     from chat.fetch import require_room
 
     tokenizer = local.load_tokenizer(located)
-    worn = PeftModel.from_pretrained(local.load_base(located, "cpu").float(), str(adapter.folder))
-    model: Any = worn.merge_and_unload().to(torch.bfloat16)
+    adapted = PeftModel.from_pretrained(local.load_base(located, "cpu").float(), str(adapter.folder))
+    model: Any = adapted.merge_and_unload().to(torch.bfloat16)
     folder.mkdir()
     require_room(folder, 2 * model.num_parameters())
     local.save_base(model, tokenizer, folder)
