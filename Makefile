@@ -42,7 +42,7 @@ train: $(VENV)/develop.stamp  ## the pocket recipe; RECIPE=huanhuan for the 7B
 	$(BIN)/python -m training.run $(or $(RECIPE),pocket)
 
 space: $(VENV)/develop.stamp  ## the page as a Space: SPACE=USER/NAME, and DRY_RUN=1 to see it first
-	$(BIN)/python -m training.space $(or $(SPACE),$(error Name it: make space SPACE=USER/NAME)) $(if $(DRY_RUN),--dry-run) $(FLAGS)
+	$(BIN)/python -m training.publish.space $(or $(SPACE),$(error Name it: make space SPACE=USER/NAME)) $(if $(DRY_RUN),--dry-run) $(FLAGS)
 
 setup: $(VENV)/develop.stamp  ## everything, for developers
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from training.recipe import FACTS, HUANHUAN_PLUS, POCKET, Recipe
 
-# Times the script, our files of facts, and the rest of our dialogues are read; and the rest of the recipe.
+# How often the script, our files of facts, and our other dialogues are read; and the recipe.
 Variant = tuple[int, int, int, Recipe]
 
 
@@ -45,7 +45,7 @@ VARIANTS: dict[str, Variant] = {
     "rank 16": trial(rank=16, alpha=64),
     "rank 32, rsLoRA": trial(rank=32, alpha=32, rslora=True),
     # in one batch: its profile launches each batch's kernels one by one
-    "DoRA": trial(batch_size=64, accumulation=1, dora=True),
+    "DoRA": trial(batch_size=64, gradient_accumulation_steps=1, dora=True),
     "pocket": pocket(),
     "pocket, lr 1e-3": pocket(learning_rate=1e-3),
     "pocket, facts four times": pocket(facts=4),
@@ -57,34 +57,43 @@ TOKENS = 96  # of a reply to a probe
 
 def one(name: str) -> dict[str, Any]:
     """Train a variant and measure it at the end of each epoch; probes at the last."""
-    from chat import local
-    from chat.base import locate
-    from training import data, evaluate, fast, trainer
+    from chat import base_model, convert
+    from chat.checkpoints import locate
+    from qwen2.training_step import TrainingStep
+    from training import data, trainer
+    from training.evaluate.losses import validation_metrics
+    from training.evaluate.measures import measure_side
     from training.tokens import encode
 
     script, facts, rest, recipe = VARIANTS[name]
     recipe = replace(recipe, reply_tokens=TOKENS, long_chats=0, probe_replies=0, save_steps=10**9)
-    learned, held_out = data.split(data.load(HUANHUAN_PLUS.dataset), recipe.held_out, recipe.seed)
+    examples, validation = data.split(data.load(HUANHUAN_PLUS.dataset), recipe.validation_rows, recipe.seed)
     times = dict.fromkeys((Path(file).name for file in FACTS), facts) | {data.FULL_FILE.name: script}
-    chosen = [e for e in learned for _ in range(times.get(e.source, rest))]
-    located = local.dense(locate(recipe.base))
-    tokenizer = local.load_tokenizer(located)
-    rows, kept = (encode(tokenizer, part, recipe.max_length, recipe.terminator) for part in (chosen, held_out))
-    profile = "faithful" if recipe.dora or local.best_device() == "cpu" else "fast"
-    model = trainer.attach(local.load_base(located), recipe, profile)
+    chosen = [e for e in examples for _ in range(times.get(e.source, rest))]
+    checkpoint = convert.ensure_converted(locate(recipe.base))
+    tokenizer = base_model.load_tokenizer(checkpoint)
+    rows, validation_rows = (
+        encode(tokenizer, part, recipe.max_length, recipe.terminator) for part in (chosen, validation)
+    )
+    profile = "faithful" if recipe.dora or base_model.best_device() == "cpu" else "fast"
+    model = trainer.attach(base_model.load_base(checkpoint), recipe, profile)
     epochs: list[dict[str, float]] = []
 
-    def at_epoch_end() -> dict[str, float]:
-        epochs.append({name: number["value"] for name, number in evaluate.heldout(model, kept, held_out).items()})
+    def validate() -> dict[str, float]:
+        metrics = validation_metrics(model, validation_rows, validation)
+        return {name: metric["value"] for name, metric in metrics.items()}
+
+    def measure() -> dict[str, float]:
+        epochs.append(validate())
         return epochs[-1]
 
     with model.disable_adapter():
-        base = {key: number["value"] for key, number in evaluate.heldout(model, kept, held_out).items()}
+        base = validate()
     with tempfile.TemporaryDirectory() as work:
-        step = fast.Step(model, recipe.max_length) if profile == "fast" else None
-        trainer.train(model, rows, recipe, Path(work), at_epoch_end=at_epoch_end, step=step)
+        step = TrainingStep(model, recipe.max_length) if profile == "fast" else None
+        trainer.train(model, rows, recipe, Path(work), measure=measure, step=step)
         del step
-    side = evaluate.listen(model, tokenizer, recipe, chosen, held_out)
+    side = measure_side(model, tokenizer, recipe, chosen, validation)
     probes = {key: side.numbers[key]["value"] for key in ("identity_pass_rate", "canon_pass_rate", "attack_pass_rate")}
     return {"variant": name, "rows": len(rows), "base": base, "epochs": epochs, **probes}
 
@@ -141,13 +150,13 @@ def write(results: list[dict[str, Any]], path: Path) -> None:
     """Keep the numbers, with the machine, the versions and the date."""
     from importlib.metadata import version
 
-    from training.run import device
+    from training.adapter_files import device_name
 
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {
         "date": date.today().isoformat(),
-        "device": device(),
+        "device": device_name(),
         **versions,
         "unit": "nats per text token",
         "rows": results,

@@ -3,15 +3,13 @@
 python -m benchmarks.bits [--base 7b|FOLDER] [--random] [--bits 16 8 4] [--steps 6]
 
 Chat: a question of 60 tokens answered by `generate`, as the page does in fewer bits than 16, then the longest prompt
-that the page takes; GB are the most that tensors took. Training: some steps of the faithful profile, the tutorial's
+that the page takes; GB are the peak of what tensors took. Training: some steps of the faithful profile, the tutorial's
 recipe. --random writes the 7B's architecture with random weights to a temporary folder first, 15 GB.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from typing import Any
 import torch
 from transformers import Qwen2ForCausalLM
 
-from benchmarks import results, train
+from benchmarks import models, results, train
 from benchmarks.decode import a_prompt, generated
-from chat import local
-from chat.base import locate
+from chat import base_model, convert
+from chat.checkpoints import locate
 from chat.engine import PROMPT_TOKENS
 from training import data
 from training.recipe import HUANHUAN
@@ -35,26 +33,18 @@ UNITS = {
 }  # fmt: skip
 
 
-@contextmanager
-def made_up() -> Iterator[Path]:
-    """A folder with the 7B's architecture, weights at random, and the small base's tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_made_up(Path(folder))
-        yield Path(folder)
-
-
-def write_made_up(folder: Path) -> None:
-    """The files of such a base."""
-    with torch.device(local.best_device()):
-        model = Qwen2ForCausalLM._from_config(train.ARCHITECTURE, dtype=torch.bfloat16)
+def write_random_base(folder: Path) -> None:
+    """The files of a base with the 7B's architecture, random weights, and the small base's tokenizer."""
+    with torch.device(base_model.best_device()):
+        model = Qwen2ForCausalLM._from_config(models.ARCHITECTURE, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")
-    local.load_tokenizer(local.dense(locate("small"))).save_pretrained(folder)
+    base_model.load_tokenizer(convert.ensure_converted(locate("small"))).save_pretrained(folder)
 
 
 def chat(base: str, bits: int) -> dict[str, Any]:
-    """Read the base and answer with a fresh adapter on it."""
+    """Load the base and answer with a fresh adapter on it."""
     began = time.perf_counter()
-    model: Any = local.load_base(local.dense(locate(base)), bits=bits)
+    model: Any = base_model.load_base(convert.ensure_converted(locate(base)), bits=bits)
     seconds = time.perf_counter() - began
     weights = torch.cuda.memory_allocated()
     model = attach(model, replace(HUANHUAN, gradient_checkpointing=False)).eval()
@@ -71,23 +61,23 @@ def training(base: str, bits: int, steps: int) -> dict[str, Any]:
     """Some steps of the tutorial's recipe, carried over to the whole run."""
     chosen = argparse.Namespace(base=base, random=False, steps=steps, whole=False)
     recipe = replace(HUANHUAN, bits=bits)
-    tokenizer = local.load_tokenizer(local.dense(locate(base)))
+    tokenizer = base_model.load_tokenizer(convert.ensure_converted(locate(base)))
     rows = encode(tokenizer, data.load(recipe.dataset), recipe.max_length, recipe.terminator)
     taken = train.measure("faithful", chosen, recipe, rows, tokenizer)
     peak = round(taken["peak_gib"] * 2**30 / 1e9, 1)
     return {name: taken[name] for name in ("step_seconds", "run_seconds", "forecast")} | {"training_gb": peak}
 
 
-def measure(base: str, picked: argparse.Namespace) -> None:
+def measure(base: str, arguments: argparse.Namespace) -> None:
     """A row for each number of bits, kept as soon as it is known."""
     rows: list[dict[str, Any]] = []
-    for bits in picked.bits:
+    for bits in arguments.bits:
         row = chat(base, bits)
         train.clear()
-        rows.append(row | training(base, bits, picked.steps))
+        rows.append(row | training(base, bits, arguments.steps))
         train.clear()
         print(rows[-1], flush=True)
-        results.save(f"bits-{results.kind()}", rows, UNITS, base=picked.base, prompt_tokens=PROMPT_TOKENS)
+        results.save(f"bits-{results.kind()}", rows, UNITS, base=arguments.base, prompt_tokens=PROMPT_TOKENS)
     print(results.table(f"bits-{results.kind()}"))
 
 
@@ -98,12 +88,13 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="the 7B's architecture with random weights")
     parser.add_argument("--bits", type=int, nargs="+", default=[16, 8, 4])
     parser.add_argument("--steps", type=int, default=6, help="of training")
-    picked = parser.parse_args()
-    if picked.random:
-        with made_up() as folder:
-            measure(str(folder), picked)
+    arguments = parser.parse_args()
+    if arguments.random:
+        with tempfile.TemporaryDirectory() as folder:
+            write_random_base(Path(folder))
+            measure(folder, arguments)
     else:
-        measure(picked.base, picked)
+        measure(arguments.base, arguments)
 
 
 if __name__ == "__main__":

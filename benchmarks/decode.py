@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
-from benchmarks.train import build
-from chat.batch import Batch, Request
-from chat.decoder import Decoder
-from chat.engine import Sampling
+from benchmarks import models, results
+from chat.sampling import Sampling
+from chat.scheduler import Request, Scheduler
+from qwen2.decoder import Decoder
 from training.recipe import HUANHUAN
 
 UNITS = {"tokens_per_second": "tokens/s", "first_token_ms": "ms", "tenth_turn_ms": "ms", "switch_ms": "ms",
@@ -31,9 +30,9 @@ QUESTION, CHAT = 60, 900  # tokens of a first question, and of a chat before its
 ADAPTERS = ("one", "two", "three", "four")
 
 
-def model_with_adapters(base: str, made_up: bool) -> Any:
+def model_with_adapters(base: str, random_weights: bool) -> Any:
     """The base with four adapters that change something, in its own precision."""
-    model = build(base, made_up, HUANHUAN, "fast").eval()
+    model = models.build(base, random_weights, HUANHUAN, "fast").eval()
     for name in ADAPTERS:
         model.add_adapter(name, model.peft_config["default"])
     for name, parameter in model.named_parameters():
@@ -73,65 +72,65 @@ def generated(model: Any, tokens: int, **more: Any) -> dict[str, float]:
     }
 
 
-class Company:
-    """Conversations through the batch, as the page has them."""
+class Visitors:
+    """Conversations through the scheduler, as the page has them."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.batch = Batch(decoder, ThreadPoolExecutor(1))
+        self.scheduler = Scheduler(decoder, ThreadPoolExecutor(1))
 
-    def ask(self, ids: list[int], adapter: int, tokens: int, seed: int = 0) -> Request:
+    def ask(self, ids: list[int], lora_id: int, tokens: int, seed: int = 0) -> Request:
         """Begin a reply of so many tokens."""
         sampling = Sampling(max_new_tokens=tokens, seed=seed)
-        request = Request(ids, adapter, sampling, threading.Event(), lambda token: False, 600.0)
-        self.batch.submit(request)
+        request = Request(ids, lora_id, sampling, threading.Event(), lambda token: False, 600.0)
+        self.scheduler.submit(request)
         return request
 
-    def first_ms(self, ids: list[int], adapter: int) -> float:
+    def first_ms(self, ids: list[int], lora_id: int) -> float:
         """Milliseconds to the first token."""
-        return 1000 * self.ask(ids, adapter, 1).cost.result().first_token
+        return 1000 * self.ask(ids, lora_id, 1).usage.result().first_token
 
     def together(self, count: int, adapters: int, tokens: int) -> float:
-        """Tokens a second of so many conversations, which wear so many adapters or none in turn."""
-        wear = [n % (adapters + 1) - 1 for n in range(count)] if count > 1 else [0]
-        asked = [self.ask(a_prompt(QUESTION, n), who, tokens, n) for n, who in enumerate(wear)]
-        costs = [request.cost.result() for request in asked]
-        start = max(request.started + cost.first_token for request, cost in zip(asked, costs, strict=True))
-        end = max(request.started + cost.seconds for request, cost in zip(asked, costs, strict=True))
+        """Tokens a second of so many conversations, with so many adapters or none in turn."""
+        lora_ids = [n % (adapters + 1) - 1 for n in range(count)] if count > 1 else [0]
+        asked = [self.ask(a_prompt(QUESTION, n), lora_id, tokens, n) for n, lora_id in enumerate(lora_ids)]
+        usages = [request.usage.result() for request in asked]
+        start = max(request.started + usage.first_token for request, usage in zip(asked, usages, strict=True))
+        end = max(request.started + usage.seconds for request, usage in zip(asked, usages, strict=True))
         return count * (tokens - 1) / (end - start)
 
 
-def ours(company: Company, count: int, adapters: int, tokens: int) -> dict[str, Any]:
+def ours(visitors: Visitors, count: int, adapters: int, tokens: int) -> dict[str, Any]:
     """One row: the medians of three."""
-    company.together(count, adapters, 8)
+    visitors.together(count, adapters, 8)
     row: dict[str, Any] = {"engine": "ours", "batch": count, "adapters": adapters}
-    speeds = [company.together(count, adapters, tokens) for _ in range(3)]
+    speeds = [visitors.together(count, adapters, tokens) for _ in range(3)]
     row["tokens_per_second"] = round(statistics.median(speeds), 1)
     if count > 1:
         return row
     fresh, tenth, same, other = [], [], [], []
     for n in range(5):
-        fresh.append(company.first_ms(a_prompt(QUESTION, 100 + n), 0))
+        fresh.append(visitors.first_ms(a_prompt(QUESTION, 100 + n), 0))
         chat = a_prompt(CHAT, 200 + n)
-        company.first_ms(chat, 0)
-        tenth.append(company.first_ms(chat + a_prompt(QUESTION, 300 + n), 0))
-        same.append(company.first_ms(a_prompt(QUESTION, 400 + n), 0))
-        other.append(company.first_ms(a_prompt(QUESTION, 500 + n), 1 + n % 3))
+        visitors.first_ms(chat, 0)
+        tenth.append(visitors.first_ms(chat + a_prompt(QUESTION, 300 + n), 0))
+        same.append(visitors.first_ms(a_prompt(QUESTION, 400 + n), 0))
+        other.append(visitors.first_ms(a_prompt(QUESTION, 500 + n), 1 + n % 3))
     row |= {"first_token_ms": round(statistics.median(fresh), 1), "tenth_turn_ms": round(statistics.median(tenth), 1)}
     return row | {"switch_ms": round(statistics.median(other) - statistics.median(same), 2)}
 
 
-def same_alone(company: Company, count: int, tokens: int) -> int:
+def same_alone(visitors: Visitors, count: int, tokens: int) -> int:
     """How many of so many mixed replies are, token for token, what each is alone."""
-    wear = [n % 5 - 1 for n in range(count)]
+    lora_ids = [n % 5 - 1 for n in range(count)]
     prompts = [a_prompt(20 + 7 * n, 600 + n) for n in range(count)]
-    together = [company.ask(ids, who, tokens, n) for n, (ids, who) in enumerate(zip(prompts, wear, strict=True))]
+    together = [visitors.ask(ids, lora, tokens, n) for n, (ids, lora) in enumerate(zip(prompts, lora_ids, strict=True))]
     for request in together:
-        request.cost.result()
+        request.usage.result()
     same = 0
-    for n, (ids, who) in enumerate(zip(prompts, wear, strict=True)):
-        alone = company.ask(ids, who, tokens, n)
-        alone.cost.result()
-        same += alone.said == together[n].said
+    for n, (ids, lora_id) in enumerate(zip(prompts, lora_ids, strict=True)):
+        alone = visitors.ask(ids, lora_id, tokens, n)
+        alone.usage.result()
+        same += alone.output_ids == together[n].output_ids
     return same
 
 
@@ -170,14 +169,14 @@ def main() -> None:
     name = f"serve-{results.kind()}"
     note({"engine": "tutorial's generate", "batch": 1, "adapters": 1, **generated(model, 24)})
     began = now()
-    company = Company(Decoder(model, ADAPTERS, 32, 2560))
-    for task in company.batch.decoder.rehearsals():
-        task()
+    visitors = Visitors(Decoder(model, ADAPTERS, 32, 2560))
+    for _ in visitors.scheduler.decoder.capture_graphs():
+        pass
     warm_up = now() - began
     for count, adapters in ((1, 1), (8, 1), (8, 4), (32, 1), (32, 4)):
-        note(ours(company, count, adapters, chosen.tokens))
+        note(ours(visitors, count, adapters, chosen.tokens))
     more: dict[str, Any] = {"ceiling tokens/s": round(rate / read, 1), "warm-up s": round(warm_up, 1)}
-    more["replies alone as in company"] = f"{same_alone(company, 32, 40)} of 32"
+    more["replies alone as in company"] = f"{same_alone(visitors, 32, 40)} of 32"
     more["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     if chosen.compile:
         compiled = generated(model, chosen.tokens, cache_implementation="static")

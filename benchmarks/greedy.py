@@ -4,7 +4,7 @@ python -m benchmarks.greedy [--base small] [--prompts 200] [--tokens 32]
 
 Questions of our own dialogues; every second one is answered with the first adapter that fits the base, the others by
 the base alone. Both sides multiply in the base's own precision, but add up in another order: where the two likeliest
-tokens lie within that, they may part. Each such place is printed with the distance of the two scores under `generate`.
+tokens lie within that, they may part. Each such token is printed with the distance of the two scores under `generate`.
 """
 
 import argparse
@@ -20,45 +20,45 @@ from tqdm import tqdm
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from benchmarks import results
-from chat import local
+from chat import base_model, convert
 from chat.adapter import find
-from chat.base import locate
-from chat.batch import Batch, Request
-from chat.decoder import Decoder
-from chat.engine import Sampling
+from chat.checkpoints import locate
 from chat.prompt import prompt_ids
+from chat.sampling import Sampling
+from chat.scheduler import Request, Scheduler
+from qwen2.decoder import Decoder
 from training import data
 
-PLACES = 8
+NUM_SLOTS = 8
 
 
 def loaded(base: str) -> tuple[Any, Any, str]:
     """The model with the first adapter that fits it, its tokenizer, and the adapter's name."""
-    located = local.dense(locate(base))
-    adapter = find(located)[0][0]
-    model = local.load_base(located)
-    worn = PeftModel.from_pretrained(model, adapter.folder, adapter.name, autocast_adapter_dtype=False)
-    return worn.eval(), local.load_tokenizer(located), adapter.name
+    checkpoint = convert.ensure_converted(locate(base))
+    adapter = find(checkpoint)[0][0]
+    model = base_model.load_base(checkpoint)
+    adapted = PeftModel.from_pretrained(model, adapter.folder, adapter.name, autocast_adapter_dtype=False)
+    return adapted.eval(), base_model.load_tokenizer(checkpoint), adapter.name
 
 
 def questions(tokenizer: Any, count: int) -> list[list[int]]:
     """Token ids of so many prompts, some of them long chats."""
     drawn = random.Random(0).sample(data.load(("dataset",)), count)
-    return [prompt_ids(tokenizer, example.turns) for example in drawn]
+    return [prompt_ids(tokenizer, example.messages) for example in drawn]
 
 
 def decoded(model: Any, name: str, asked: Sequence[list[int]], sampling: Sampling, ends: Sequence[int]) -> list[Any]:
     """What the decoder says to each, in company."""
-    batch = Batch(Decoder(model, [name], PLACES, 2560), ThreadPoolExecutor(1))
+    scheduler = Scheduler(Decoder(model, [name], NUM_SLOTS, 2560), ThreadPoolExecutor(1))
     requests = [
         Request(ids, n % 2 - 1, sampling, threading.Event(), lambda token: token in ends, 600.0)
         for n, ids in enumerate(asked)
     ]
     for request in requests:
-        batch.submit(request)
+        scheduler.submit(request)
     for request in tqdm(requests, desc="decoder"):
-        request.cost.result()
-    return [request.said for request in requests]
+        request.usage.result()
+    return [request.output_ids for request in requests]
 
 
 @torch.inference_mode()
@@ -67,8 +67,8 @@ def generated(model: Any, ids: list[int], alone: bool, config: Any) -> list[int]
     given = torch.tensor([ids], device=model.device)
     (model.base_model.disable_adapter_layers if alone else model.base_model.enable_adapter_layers)()
     out = model.generate(input_ids=given, attention_mask=torch.ones_like(given), generation_config=config)
-    said: list[int] = out[0, len(ids) :].tolist()
-    return said
+    output_ids: list[int] = out[0, len(ids) :].tolist()
+    return output_ids
 
 
 @torch.inference_mode()
@@ -90,15 +90,15 @@ def main() -> None:
     model, tokenizer, name = loaded(chosen.base)
     asked = questions(tokenizer, chosen.prompts)
     sampling = Sampling(max_new_tokens=chosen.tokens, temperature=0.0)
-    hers = decoded(model, name, asked, sampling, local.ends(tokenizer))
-    config = local.generation_config(tokenizer, sampling)
+    replies = decoded(model, name, asked, sampling, base_model.ends(tokenizer))
+    config = base_model.generation_config(tokenizer, sampling)
     same = 0
-    for n, (ids, said) in enumerate(zip(tqdm(asked, desc="generate"), hers, strict=True)):
+    for n, (ids, reply) in enumerate(zip(tqdm(asked, desc="generate"), replies, strict=True)):
         expected = generated(model, ids, n % 2 == 0, config)
-        same += said == expected
-        if said != expected:
-            at = next(k for k, pair in enumerate(zip(said, expected, strict=False)) if pair[0] != pair[1])
-            apart = distance(model, ids + said[:at], said[at], expected[at], sampling.repetition_penalty)
+        same += reply == expected
+        if reply != expected:
+            at = next(k for k, pair in enumerate(zip(reply, expected, strict=False)) if pair[0] != pair[1])
+            apart = distance(model, ids + reply[:at], reply[at], expected[at], sampling.repetition_penalty)
             print(f"prompt {n}, token {at}: scores {apart:.4f} apart", flush=True)
     print(f"{results.machine()}, {model.dtype}: {same} of {len(asked)} replies are the same", flush=True)
 

@@ -3,12 +3,12 @@
 python -m benchmarks.page [--clicks 50] [--turns 1000]
 python -m benchmarks.page --visitors 64
 
-The engine is scripted and answers at once, so all that is measured is the page: Gradio, the line, the browser. The
-baseline of the time is the engine's own first piece, in the same process; that of the memory is the tenth turn.
+The engine is a fake that answers at once, so all that is measured is the page: Gradio, the queue, the browser. The
+baseline of the time is the engine's own first chunk, in the same process; that of the memory is the tenth turn.
 Needs a browser: Debian's chromium, or CHROMIUM.
 
-With --visitors so many ask at once, over the API, an engine that speaks at a CPU's pace and has 1, 8 and 32 places. The
-baseline is the same engine asked by as many threads as it has places, without a page.
+With --visitors so many ask at once, over the API, a fake engine at a CPU's pace with 1, 8 and 32 slots. The baseline is
+the same engine asked by as many threads as it has slots, without a page.
 """
 
 import argparse
@@ -28,14 +28,15 @@ from typing import Any
 import psutil
 
 import app
-from chat.engine import Sampling, ScriptedEngine
 from chat.persona import Message
-from page import reply
+from chat.sampling import Sampling
+from page.service import MAX_WAITING
+from tests.fake_engine import FakeEngine
 
 REPLY = "本宫方才还念着你，可巧你就来了。"
 RESULTS = Path(__file__).parent / "results" / "page-cpu.json"
 PAUSE = 0.05  # seconds before each of her letters when many visit: the small base on two cores
-PLACES = (1, 8, 32)
+NUM_SLOTS = (1, 8, 32)
 # From Enter to the first letter in a bubble that was not there before: both on the browser's own clock.
 FIRST_WORD = """(count) => new Promise((done) => {
   const began = performance.now()
@@ -70,12 +71,12 @@ def clicks(url: str, rounds: int) -> list[float]:
 
 
 def own(rounds: int) -> list[float]:
-    """Milliseconds to the engine's first piece with no page around it."""
-    turns: list[Message] = [{"role": "user", "content": "早"}]
+    """Milliseconds to the engine's own first chunk with no page around it."""
+    messages: list[Message] = [{"role": "user", "content": "早"}]
     taken = []
     for _ in range(rounds):
         began = time.perf_counter()
-        next(ScriptedEngine(REPLY).stream(turns, "scripted", Sampling(), threading.Event()))
+        next(FakeEngine(REPLY).stream(messages, ["scripted"], Sampling(), threading.Event()))
         taken.append(1000 * (time.perf_counter() - began))
     return taken
 
@@ -95,47 +96,48 @@ def memory(url: str, turns: int) -> dict[int, float]:
     return held
 
 
-def speaking(places: int) -> ScriptedEngine:
+def slow_engine(num_slots: int) -> FakeEngine:
     """An engine that answers so many at once, each at the pace of a CPU."""
-    engine = ScriptedEngine(REPLY, pause=PAUSE)
-    engine.places = places
+    engine = FakeEngine(REPLY, pause=PAUSE)
+    engine.num_slots = num_slots
     return engine
 
 
-def pace(places: int) -> float:
-    """Seconds a letter with no page around the engine, all its places taken."""
-    engine = speaking(places)
+def pace(num_slots: int) -> float:
+    """Seconds a letter with no page around the engine, all its slots taken."""
+    engine = slow_engine(num_slots)
 
     def listen(_: int) -> float:
-        stream = engine.stream([{"role": "user", "content": "早"}], "scripted", Sampling(), threading.Event())
+        stream = engine.stream([{"role": "user", "content": "早"}], ["scripted"], Sampling(), threading.Event())
         next(stream)
         began = time.perf_counter()
         return (sum(1 for _ in stream) and time.perf_counter() - began) / (len(REPLY) - 1)
 
-    with ThreadPoolExecutor(places) as threads:
-        return statistics.fmean(threads.map(listen, range(places)))
+    with ThreadPoolExecutor(num_slots) as threads:
+        return statistics.fmean(threads.map(listen, range(num_slots)))
 
 
-def visits(places: int, visitors: int) -> list[dict[str, Any]]:
-    """What each visitor met on a page around an engine of so many places."""
-    page = app.build_page(speaking(places))
-    threads = 3 * places + 2 * reply.WAITING  # as app.py has it
+def visits(num_slots: int, visitors: int) -> list[dict[str, Any]]:
+    """What each visitor met on a page around an engine of so many slots."""
+    page = app.build_page(slow_engine(num_slots))
+    threads = 3 * num_slots + 2 * MAX_WAITING  # as app.py has it
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, max_threads=threads, **app.LAUNCH)
     command = [sys.executable, "-m", "benchmarks.visitors", url, "--visitors", str(visitors)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     page.close(verbose=False)
-    met: list[dict[str, Any]] = json.loads(told)
+    met: list[dict[str, Any]] = json.loads(output)
     return met
 
 
-def crowd(places: int, visitors: int) -> dict[str, Any]:
+def crowd(num_slots: int, visitors: int) -> dict[str, Any]:
     """A row: what a letter costs beside the engine, how evenly the visitors waited, and what was lost."""
-    alone, met = pace(places), visits(places, visitors)
+    alone, met = pace(num_slots), visits(num_slots, visitors)
     letter = statistics.fmean(one["speaking"] / (len(REPLY) - 1) for one in met)
     waiting = sorted(one["waiting"] for one in met)
-    ideal = len(REPLY) * alone * max(0, visitors / places - 1) / 2  # the mean wait if each came at once when one left
+    # The mean wait if each came at once when one left.
+    ideal = len(REPLY) * alone * max(0, visitors / num_slots - 1) / 2
     return {
-        "places": places, "visitors": visitors, "own_ms_a_letter": round(1000 * alone, 2),
+        "places": num_slots, "visitors": visitors, "own_ms_a_letter": round(1000 * alone, 2),
         "page_ms_a_letter": round(1000 * (letter - alone), 2), "median_wait_s": round(statistics.median(waiting), 2),
         "longest_of_median": round(waiting[-1] / statistics.median(waiting), 2),
         "wait_of_ideal": round(statistics.fmean(waiting) / ideal, 2) if ideal else None,
@@ -149,18 +151,18 @@ def main() -> None:
     parser.add_argument("--clicks", type=int, default=50)
     parser.add_argument("--turns", type=int, default=1000)
     parser.add_argument("--visitors", type=int, help="measure so many visitors at once, and nothing else")
-    picked = parser.parse_args()
+    args = parser.parse_args()
     for setting in ("VISITOR_MESSAGES", "VISITOR_TOKENS", "ALL_MESSAGES", "ALL_TOKENS"):
         os.environ[setting] = "1000000000/minute"
-    if picked.visitors:
-        keep(many(picked.visitors), "visitors")
+    if args.visitors:
+        keep(many(args.visitors), "visitors")
     else:
-        keep(one(picked.clicks, picked.turns))
+        keep(one(args.clicks, args.turns))
 
 
 def many(visitors: int) -> list[dict[str, Any]]:
-    """Many visitors, by the places of the engine."""
-    rows = [crowd(places, visitors) for places in PLACES]
+    """Many visitors, by the slots of the engine."""
+    rows = [crowd(num_slots, visitors) for num_slots in NUM_SLOTS]
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return rows
@@ -168,14 +170,14 @@ def many(visitors: int) -> list[dict[str, Any]]:
 
 def one(rounds: int, turns: int) -> list[dict[str, Any]]:
     """One visitor: the time to her first letter, and the memory of many turns."""
-    page = app.build_page(ScriptedEngine(REPLY))
+    page = app.build_page(FakeEngine(REPLY))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
     whole, alone = statistics.median(clicks(url, rounds)), statistics.median(own(rounds))
     held = memory(url, turns)
     page.close(verbose=False)
     rows = [
         {"measure": f"click to first letter, median of {rounds}", "value": round(whole, 1), "unit": "ms"},
-        {"measure": "the engine's own first piece", "value": round(alone, 3), "unit": "ms"},
+        {"measure": "the engine's own first chunk", "value": round(alone, 3), "unit": "ms"},
         *({"measure": f"memory after {turn} turns", "value": round(mb), "unit": "MB"} for turn, mb in held.items()),
     ]
     print("| measure | value |\n|---|---|")

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -56,10 +57,10 @@ def kind() -> str:
     return model[0].lower() if model else "gpu"
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Of the packages that decide a speed, as far as they are here."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except ImportError:

@@ -1,9 +1,9 @@
-"""One step by one GPU and by several: the stock Trainer as DDP and as FSDP2, and the fast profile.
+"""One step by one GPU and by several: the stock Trainer in DistributedDataParallel (DDP), and the fast profile.
 
 python -m benchmarks.train --gpus 1 2 [--random] [--base 7b|small|FOLDER] [--steps 12]
 
-Each number of GPUs gets processes of its own, which call this module; the first of them writes down what they measured.
-Dropout is 0, so that losses can be compared: they are to be those of one GPU.
+Each number of GPUs gets processes of its own, which call this module; the main one writes down what they measured.
+Dropout is 0, so that losses can be compared: they should be those of one GPU.
 """
 
 import argparse
@@ -22,77 +22,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
-from benchmarks import results, train
-from training import fast, ranks, trainer
-from training.proof import memory_in_use
+from benchmarks import models, results
+from qwen2.training_step import TrainingStep
+from training import distributed, trainer
+from training.preflight import memory_in_use
 from training.recipe import Recipe
 from training.tokens import Encoded
 
 ROOT = Path(__file__).parent.parent
 ROWS = (16, 64)  # of a step
-WAYS = {"ddp": "faithful, DDP", "fsdp2": "faithful, FSDP2", "fast": "fast"}
+WAYS = {"ddp": "faithful, DDP", "fast": "fast"}
 UNITS = {
     "step_seconds": "s", "tokens_per_second": "tokens/s", "efficiency": "%", "peak_gib": "GiB a GPU",
     "loss_difference": "nats",
 }  # fmt: skip
-WARM = {"ddp": 2, "fsdp2": 2, "fast": 3}  # steps not counted
+WARM = {"ddp": 2, "fast": 3}  # steps not counted
 SLOW = 5 / 12  # of --steps are enough for the stock Trainer, a step of which takes so much longer
 LOGGED = 5  # steps a logged loss of the fast profile is the mean of: to log is to wait for the GPU
-
-
-class FromHere(TrainerCallback):
-    """Counts the memory from the first step on: before it, the base is whole on each GPU."""
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Forget the peak."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
 
 
 def scale(chosen: argparse.Namespace) -> None:
     """Measure each number of GPUs, then print and save the table. What fails is named and left out."""
     measured = []
     for count in chosen.gpus:
-        measured += _launch(count, ["ddp", "fast"], chosen)
-        measured += _launch(count, ["fsdp2"], chosen) if count > 1 else []
+        measured += _launch(count, chosen)
     rows = compare(measured)
     name = f"scale-{results.kind()}" + ("" if chosen.base == "7b" else f"-{Path(chosen.base).name}")
     results.save(name, rows, UNITS, base=chosen.base, random=chosen.random, dropout=0)
     print(results.table(name), flush=True)
 
 
-def _launch(count: int, ways: Sequence[str], chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the processes measured, as the first one wrote it down."""
+def _launch(count: int, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the processes measured, as the main one wrote it down."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured.json"
-        words = ["-m", "benchmarks.scale", "--out", str(out), "--ways", *ways, "--base", chosen.base]
+        words = ["-m", "benchmarks.scale", "--out", str(out), "--base", chosen.base]
         words += ["--steps", str(chosen.steps or 12), *(["--random"] if chosen.random else [])]
         words += ["--dataset", *chosen.dataset] if chosen.dataset else []
         environment = os.environ | {"NCCL_NVLS_ENABLE": "0"}  # no multicast over NVLink: not every machine has it
-        left = subprocess.run([sys.executable, *_launcher(count, ways), *words], cwd=ROOT, env=environment).returncode
-        if left:
-            print(f"{' and '.join(ways)} on {count} GPUs failed, see above.", flush=True)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+        if subprocess.run([sys.executable, *launcher, *words], cwd=ROOT, env=environment).returncode:
+            print(f"{count} GPUs failed, see above.", flush=True)
         lines: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
         return lines
 
 
-def _launcher(count: int, ways: Sequence[str]) -> list[str]:
-    if count == 1:
-        return []
-    if "fsdp2" in ways:
-        config = ["--config_file", "training/fsdp.yaml", "--num_processes", str(count)]
-        return ["-m", "accelerate.commands.launch", *config]
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-
-
 def compare(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table: each line beside that of one GPU with as many rows a step, FSDP2 beside the stock Trainer."""
+    """The table: each line beside that of one GPU with as many rows a step."""
     alone = {(line["way"], line["rows"]): line for line in measured if line["gpus"] == 1}
     table = []
     for line in measured:
-        one = alone.get(("ddp" if line["way"] == "fsdp2" else line["way"], line["rows"]))
+        one = alone.get((line["way"], line["rows"]))
         beside: dict[str, Any] = {"efficiency": None, "loss_difference": None}
         if one:
             apart = [abs(a - b) for a, b in zip(line["losses"], one["losses"], strict=True)]
@@ -105,23 +87,23 @@ def compare(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def measure(way: str, rows_a_step: int, chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded]) -> Any:
-    """One line of the table, of which all processes take part and the first one's clock counts."""
-    warm, count = WARM[way], max(ranks.count(), 4)
+def measure(way: str, batch: int, chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded]) -> Any:
+    """One line of the table. All processes take part in it, and the main one's clock counts."""
+    warm, count = WARM[way], max(distributed.world_size(), 4)
     steps = warm + (chosen.steps if way == "fast" else max(1, round(chosen.steps * SLOW)))
     recipe = replace(
-        recipe, dropout=0.0, epochs=1, batch_size=rows_a_step // count, accumulation=count, save_steps=10**9,
-        logging_steps=LOGGED if way == "fast" else 1,
+        recipe, dropout=0.0, epochs=1, batch_size=batch // count, gradient_accumulation_steps=count,
+        save_steps=10**9, logging_steps=LOGGED if way == "fast" else 1,
     )  # fmt: skip
     drawn = itertools.cycle(random.Random(0).sample(rows, len(rows)))
-    part = list(itertools.islice(drawn, rows_a_step * steps))
+    part = list(itertools.islice(drawn, batch * steps))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     ends, losses = _train(way, chosen, recipe, part)
     a_step = statistics.fmean(end - begin for begin, end in itertools.pairwise(ends[warm:]))
     tokens = sum(len(row.input_ids) for row in part) / steps
     return {
-        "gpus": ranks.count(), "way": way, "rows": rows_a_step, "step_seconds": round(a_step, 4),
+        "gpus": distributed.world_size(), "way": way, "rows": batch, "step_seconds": round(a_step, 4),
         "tokens_per_second": round(tokens / a_step), "peak_gib": round(_most(memory_in_use()) / 2**30, 1),
         "losses": losses,
     }  # fmt: skip
@@ -130,25 +112,24 @@ def measure(way: str, rows_a_step: int, chosen: argparse.Namespace, recipe: Reci
 def _train(way: str, chosen: Any, recipe: Recipe, rows: Sequence[Encoded]) -> tuple[list[float], list[float]]:
     """When training began and each step ended, and the logged losses. The fast profile runs twice: first it records."""
     set_seed(recipe.seed)  # the same random weights on each GPU
-    model = train.build(chosen.base, chosen.random, recipe, "fast" if way == "fast" else "faithful")
-    step = fast.Step(model, recipe.max_length) if way == "fast" else None
+    model = models.build(chosen.base, chosen.random, recipe, "fast" if way == "fast" else "faithful")
+    step = TrainingStep(model, recipe.max_length) if way == "fast" else None
     with tempfile.TemporaryDirectory() as work:
         start = Path(work) / trainer.BEST
         if step:
-            trainer.keep(model, start)
+            trainer.save_best(model, start)
             trainer.train(model, rows, recipe, Path(work) / "recorded", step=step)
-            trainer.restore(model, start)
-        clock = train.Clock()
-        callbacks = [clock] if step else [clock, FromHere()]
-        history = trainer.train(model, rows, recipe, Path(work) / "timed", step=step, callbacks=callbacks)
+            trainer.load_best(model, start)
+        clock = models.Clock()
+        history = trainer.train(model, rows, recipe, Path(work) / "timed", step=step, callbacks=[clock])
     return clock.ends, [entry["loss"] for entry in history if "loss" in entry]
 
 
 def _most(memory: int) -> int:
-    """Of the processes, what the one with most has used."""
-    if ranks.count() == 1:
+    """The memory of the process that has used most."""
+    if distributed.world_size() == 1:
         return memory
-    used: list[Any] = [None] * ranks.count()
+    used: list[Any] = [None] * distributed.world_size()
     torch.distributed.all_gather_object(used, memory)
     return int(max(used))
 
@@ -159,23 +140,22 @@ def main() -> None:
         prog="python -m benchmarks.scale", description="Called by benchmarks.train --gpus."
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, required=True)
     parser.add_argument("--base", required=True)
     parser.add_argument("--random", action="store_true")
     parser.add_argument("--dataset", nargs="+")
     parser.add_argument("--steps", type=int, required=True)
     chosen = parser.parse_args()
-    ranks.use_own_gpu()
-    recipe, _, rows = train.load(chosen)
+    distributed.use_own_gpu()
+    recipe, _, rows = models.load(chosen)
     measured = []
-    for way, rows_a_step in itertools.product(chosen.ways, ROWS):
-        measured.append(measure(way, rows_a_step, chosen, recipe, rows))
+    for way, batch in itertools.product(WAYS, ROWS):
+        measured.append(measure(way, batch, chosen, recipe, rows))
         gc.collect()  # a Trainer and its callbacks hold one another, and with them the model
         torch.cuda.empty_cache()
-        if ranks.first():
+        if distributed.is_main_process():
             print({name: value for name, value in measured[-1].items() if name != "losses"}, flush=True)
             chosen.out.write_text(json.dumps(measured), encoding="utf-8")
-    if ranks.count() > 1:
+    if distributed.world_size() > 1:
         torch.distributed.destroy_process_group()
 
 

@@ -1,9 +1,9 @@
-"""How steady the pass rates are: identity, canon and attacks drawn anew, seed by seed.
+"""How much the pass rates vary: identity, canon and attacks drawn anew, seed by seed.
 
 python -m benchmarks.seeds [--base small] [--adapter pocket] [--seeds 20240601 1 2]
 
 The evaluation draws each answer once, with one seed, by `generate`; here the page's engine draws it, one reply at a
-time. Minutes a seed on a CPU.
+time. A seed takes minutes on a CPU.
 """
 
 import argparse
@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from benchmarks import results
 from chat import load_here
-from chat.engine import Awaited, ChatEngine, Sampling
-from training.evaluate import ASKED, SEED
-from training.probes import Attack, Probe
+from chat.engine import ChatEngine
+from chat.sampling import Sampling
+from training.evaluate.probes import PROBE_SETS, Attack, Probe
+from training.evaluate.scores import SEED
 from training.recipe import POCKET
 
 
@@ -25,8 +26,8 @@ def passed(engine: ChatEngine, adapter: str, probes: Sequence[Probe | Attack], s
     sampling = Sampling(seed=seed, max_new_tokens=POCKET.reply_tokens)
     passes = 0
     for probe in tqdm(probes, desc=f"seed {seed}", leave=False):
-        pieces = engine.stream([{"role": "user", "content": probe.question}], adapter, sampling, threading.Event())
-        passes += not probe.fault("".join(piece.text for piece in pieces))
+        chunks = engine.stream([{"role": "user", "content": probe.question}], [adapter], sampling, threading.Event())
+        passes += not probe.fault("".join(chunk.text for chunk in chunks))
     return passes
 
 
@@ -36,18 +37,18 @@ def main() -> None:
     parser.add_argument("--base", default="small")
     parser.add_argument("--adapter", default="pocket")
     parser.add_argument("--seeds", type=int, nargs="+", default=[SEED, 1, 2])
-    chosen = parser.parse_args()
-    loaded = load_here(chosen.base)
-    engine = loaded.wait() if isinstance(loaded, Awaited) else loaded
-    if chosen.adapter not in engine.adapters:
-        parser.error(f"{chosen.adapter} is no adapter of {chosen.base}; adapters/README.md names what there is.")
+    arguments = parser.parse_args()
+    engine = load_here(arguments.base)
+    engine.wait()
+    if arguments.adapter not in engine.adapters:
+        parser.error(f"{arguments.adapter} is no adapter of {arguments.base}; adapters/README.md names what there is.")
     rows = []
-    for seed in chosen.seeds:
-        row = {kind: passed(engine, chosen.adapter, probes, seed) for kind, (_, probes) in ASKED.items()}
+    for seed in arguments.seeds:
+        row = {kind: passed(engine, arguments.adapter, probes, seed) for kind, (_, probes) in PROBE_SETS.items()}
         rows.append({"seed": str(seed), **row})
-    name = f"seeds-{results.kind()}-{chosen.adapter}"
-    units = {kind: f"of {len(probes)}" for kind, (_, probes) in ASKED.items()}
-    results.save(name, rows, units, base=engine.base, weights=engine.digest(chosen.adapter))
+    name = f"seeds-{results.kind()}-{arguments.adapter}"
+    units = {kind: f"of {len(probes)}" for kind, (_, probes) in PROBE_SETS.items()}
+    results.save(name, rows, units, base=engine.base, weights=engine.digest(arguments.adapter))
     print(results.table(name))
 
 

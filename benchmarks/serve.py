@@ -35,7 +35,8 @@ from benchmarks import results
 from benchmarks.serve_worker import Reply
 from chat import gguf_lora
 from chat.adapter import Adapter, find
-from chat.base import BASES, locate
+from chat.bases import BASES
+from chat.checkpoints import locate
 from chat.engine import BASE_ONLY
 from chat.gguf_tokenizer import GgufTokenizer
 from chat.llama import CONTEXT, SLOTS
@@ -56,7 +57,8 @@ LEAST = 24  # tokens of a reply that is counted
 TRIES = 8
 ENGINES = ("ours", "yesterday", "llama.cpp", "transformers")
 YESTERDAYS_FIRST = "yesterday with the first base"  # beside a second base, so that its ratio is within a round, too
-OWN_CHOICE = ("ENGINE_URL", "PLACES", "ADAPTERS", "GOMP_SPINCOUNT")  # settings that would change what is measured
+# Settings that would change what is measured.
+OWN_CHOICE = ("ENGINE_URL", "MAX_NUM_SEQS", "PLACES", "ADAPTERS", "GOMP_SPINCOUNT")
 QUESTION = (
     "{opener}今日是第{n}回来请安，外头下着小雨，路上遇见了几位姐妹，说起从前在王府的旧事，"
     "不知娘娘还记不记得那年冬天的梅花？"
@@ -80,12 +82,12 @@ class Model:
 
 def model(choice: str) -> Model:
     """Fetch and convert what is not there yet."""
-    from chat import local
+    from chat import convert
 
-    located = locate(choice, gguf=True)
-    adapter = find(located)[0][0]
-    dense = local.dense(locate(choice)).path
-    return Model(choice, located.path, dense, adapter, gguf_lora.cached(adapter), GgufTokenizer(located.path))
+    checkpoint = locate(choice, gguf=True)
+    adapter = find(checkpoint)[0][0]
+    dense = convert.ensure_converted(locate(choice)).path
+    return Model(choice, checkpoint.path, dense, adapter, gguf_lora.cached(adapter), GgufTokenizer(checkpoint.path))
 
 
 class Worker:
@@ -99,18 +101,18 @@ class Worker:
                 [sys.executable, str(WORKER)], env=environment, cwd=log.parent, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             )  # fmt: skip
-        self._tell(do="open", kind=kind, **{"with": opening})
+        self._send(do="open", kind=kind, **{"with": opening})
         self.start_seconds = time.perf_counter() - began
 
     def ask(self, model: Model, conversations: Sequence[list[Message]], adapter: str, **sampling: Any) -> list[Reply]:
         """The replies to conversations that come at the same moment."""
-        asked = [{"turns": turns, "ids": prompt_ids(model.tokenizer, turns)} for turns in conversations]
-        replies: list[Reply] = self._tell(do="ask", asked=asked, adapter=adapter, sampling=SAMPLING | sampling)
+        asked = [{"messages": messages, "ids": prompt_ids(model.tokenizer, messages)} for messages in conversations]
+        replies: list[Reply] = self._send(do="ask", asked=asked, adapter=adapter, sampling=SAMPLING | sampling)
         return replies
 
     def memory(self) -> dict[str, float]:
         """Resident MB, `now` and at its `peak`."""
-        held: dict[str, float] = self._tell(do="memory")
+        held: dict[str, float] = self._send(do="memory")
         return held
 
     def cpu_seconds(self) -> float:
@@ -123,15 +125,15 @@ class Worker:
         self.process.kill()
         self.process.communicate()
 
-    def _tell(self, **told: Any) -> Any:
+    def _send(self, **fields: Any) -> Any:
         assert self.process.stdin and self.process.stdout
         try:
-            self.process.stdin.write(json.dumps(told) + "\n")
+            self.process.stdin.write(json.dumps(fields) + "\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (OSError, ValueError):
-            said = self.log.read_text(encoding="utf-8", errors="replace")
-            raise RuntimeError(f"{self.log.stem} ended instead of answering:\n{said[-2000:]}") from None
+            written = self.log.read_text(encoding="utf-8", errors="replace")
+            raise RuntimeError(f"{self.log.stem} ended instead of answering:\n{written[-2000:]}") from None
 
 
 @contextmanager
@@ -183,16 +185,16 @@ class Openers:
 
 
 def question(n: int) -> Message:
-    """A question nobody asked before, of some sixty tokens with the turn around it."""
+    """A question that nobody asked before: some sixty tokens with the message's template."""
     return {"role": "user", "content": QUESTION.format(opener=OPENERS[n % len(OPENERS)], n=n)}
 
 
 def chat(start: int) -> tuple[list[Message], list[Message]]:
-    """A chat up to the question of its ninth turn, and to that of its tenth."""
-    turns: list[Message] = []
+    """The messages of a chat up to its ninth question, and up to its tenth."""
+    messages: list[Message] = []
     for n in range(9):
-        turns += [question(start + n), {"role": "assistant", "content": ANSWER}]
-    return turns[:-1], [*turns, question(start + 9)]
+        messages += [question(start + n), {"role": "assistant", "content": ANSWER}]
+    return messages[:-1], [*messages, question(start + 9)]
 
 
 def answered(worker: Worker, model: Model, adapter: str, n: int, visitors: int, tokens: int) -> list[Reply]:
@@ -237,9 +239,9 @@ def measure(workers: dict[str, Worker], model: Model, first: Model, picked: argp
         began = time.perf_counter()
         for case, (adapter, visitors) in enumerate(cases):
             for engine, worker in workers.items():
-                own, worn = (first, first.adapter.name) if engine == YESTERDAYS_FIRST else (model, adapter)
+                own, asked = (first, first.adapter.name) if engine == YESTERDAYS_FIRST else (model, adapter)
                 if own is model or case == 0:
-                    taken = timed(worker, own, worn, 1000 * n + 100 * case, visitors, picked.tokens)
+                    taken = timed(worker, own, asked, 1000 * n + 100 * case, visitors, picked.tokens)
                     seen[engine, adapter, visitors].append(taken)
         took = time.perf_counter() - began
         print(f"{model.choice}: round {n} of {picked.rounds} took {took:.0f} s", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """One engine in a process of its own, asked by benchmarks.serve: a JSON line in, a JSON line out.
 
-It is run by its path, so that it serves the `chat` of any checkout that PYTHONPATH names. Nothing of ours is imported
-before an engine is opened: bare llama.cpp is to see none of our settings.
+It is run by its path, so that it serves the `chat` of any checkout that PYTHONPATH names, the older ones too. Nothing
+of ours is imported before an engine is opened: bare llama.cpp is to see none of our settings.
 """
 
 import json
@@ -11,14 +11,15 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 
 class Asked(TypedDict):
-    """A conversation, as turns and as the token ids of its prompt."""
+    """A conversation, as messages and as the token ids of its prompt."""
 
-    turns: list[Any]
+    messages: list[Any]
     ids: list[int]
 
 
@@ -43,20 +44,21 @@ class Chat:
     def __init__(self, base: str, engine: str | None) -> None:
         import chat
 
-        awaited: Any = chat.load_here(base, engine=engine) if engine else chat.load(base)
-        self.engine = awaited.wait()
+        loading: Any = chat.load_here(base, engine=engine) if engine else chat.load(base)
+        self.engine = loading.wait() or loading  # an older build's `wait` returned the engine
 
     def ask(self, asked: Sequence[Asked], adapter: str, sampling: dict[str, Any]) -> list[Reply]:
         """Answer conversations that come at the same moment."""
-        from chat.engine import Sampling
-
+        engine: Any = import_module("chat.engine")
+        older, make_sampling = hasattr(engine, "Cost"), engine.Sampling
         began = time.perf_counter()
 
         def one(n: int) -> Reply:
-            drawn = Sampling(**{**sampling, "seed": sampling["seed"] + n})
-            *_, last = self.engine.stream(asked[n]["turns"], adapter, drawn, threading.Event())
-            end, cost = time.perf_counter() - began, last.cost
-            return {"tokens": cost.tokens, "first": end - (cost.seconds - cost.first_token), "end": end}
+            drawn = make_sampling(**{**sampling, "seed": sampling["seed"] + n})
+            adapters: Any = adapter if older else [adapter]
+            *_, last = self.engine.stream(asked[n]["messages"], adapters, drawn, threading.Event())
+            end, usage = time.perf_counter() - began, last.cost if older else last.usage
+            return {"tokens": usage.tokens, "first": end - (usage.seconds - usage.first_token), "end": end}
 
         with ThreadPoolExecutor(len(asked)) as threads:
             return list(threads.map(one, range(len(asked))))
@@ -113,12 +115,13 @@ class Tutorial:
     def __init__(self, base: str, folder: str, adapter: str, name: str) -> None:
         from peft import PeftModel
 
-        from chat import local
-        from chat.base import BASES, NAMED, Located
+        from chat import base_model
+        from chat.bases import BASES
+        from chat.checkpoints import NAMED, Checkpoint
 
-        located = Located(BASES[base], Path(folder), NAMED)
-        self.tokenizer = local.load_tokenizer(located)
-        self.model: Any = PeftModel.from_pretrained(local.load_base(located), adapter, name).eval()
+        checkpoint = Checkpoint(BASES[base], Path(folder), NAMED)
+        self.tokenizer = base_model.load_tokenizer(checkpoint)
+        self.model: Any = PeftModel.from_pretrained(base_model.load_base(checkpoint), adapter, name).eval()
 
     def ask(self, asked: Sequence[Asked], adapter: str, sampling: dict[str, Any]) -> list[Reply]:
         """Answer conversations that come at the same moment, one after the other."""
@@ -130,15 +133,16 @@ class Tutorial:
     def _one(self, ids: list[int], sampling: dict[str, Any], began: float) -> Reply:
         import torch
 
-        from chat import local
-        from chat.engine import Sampling
+        from chat import base_model
+        from chat.sampling import Sampling
 
         times: list[float] = []  # of the prompt, then of each token
         torch.manual_seed(sampling["seed"])
         with torch.inference_mode():
             self.model.generate(
                 input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                generation_config=local.generation_config(self.tokenizer, Sampling(**sampling)), streamer=_clock(times),
+                generation_config=base_model.generation_config(self.tokenizer, Sampling(**sampling)),
+                streamer=_clock(times),
             )  # fmt: skip
         return {"tokens": len(times) - 1, "first": times[1] - began, "end": times[-1] - began}
 
@@ -175,15 +179,15 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints goes to the log
     engine: Opened | None = None
     for line in sys.stdin:
-        told = json.loads(line)
+        request = json.loads(line)
         answer: Any = None
-        if told["do"] == "open":
-            engine = KINDS[told["kind"]](**told["with"])
-        elif told["do"] == "ask" and engine:
-            answer = engine.ask(told["asked"], told["adapter"], told["sampling"])
-        elif told["do"] == "memory":
+        if request["do"] == "open":
+            engine = KINDS[request["kind"]](**request["with"])
+        elif request["do"] == "ask" and engine:
+            answer = engine.ask(request["asked"], request["adapter"], request["sampling"])
+        elif request["do"] == "memory":
             answer = memory()
-        elif told["do"] == "quit":
+        elif request["do"] == "quit":
             break
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -33,19 +33,19 @@ from chat.persona import DRESSING
 ROOT = Path(__file__).parent.parent
 PYTHONS = tuple(f"python3.{minor}" for minor in range(10, 15))
 QUESTION = "你是谁？"
-PATIENCE = 900  # seconds for all of it
-LOOK = 0.05  # seconds between two looks
+TIMEOUT = 900  # seconds for all of it
+POLL = 0.05  # seconds between two polls
 UNITS = {
     "install_seconds": "s", "page_open_seconds": "s", "first_letter_seconds": "s", "answer_seconds": "s",
     "second_open_seconds": "s", "venv_mb": "MB", "cache_mb": "MB", "memory_mb": "MB",
 }  # fmt: skip
 # Settings that would change what is measured.
-LEFT_OUT = (
+UNSET = (
     "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "REQUIREMENTS", "FLAGS", "MAKEFLAGS",
-    "MAKELEVEL", "ENGINE_URL", "MODEL_FOLDER", "MODEL_SOURCE", "ADAPTERS", "PLACES", "METRICS", "VISITOR_MESSAGES",
-    "VISITOR_TOKENS", "ALL_MESSAGES", "ALL_TOKENS",
+    "MAKELEVEL", "ENGINE_URL", "MODEL_FOLDER", "MODEL_SOURCE", "ADAPTERS", "MAX_NUM_SEQS", "PLACES", "METRICS",
+    "VISITOR_MESSAGES", "VISITOR_TOKENS", "ALL_MESSAGES", "ALL_TOKENS",
 )  # fmt: skip
-SHOWN = ("gradio", "xllamacpp", "torch", "transformers")  # packages whose versions are kept
+REPORTED = ("gradio", "xllamacpp", "torch", "transformers")  # packages whose versions are kept
 
 
 class Demo:
@@ -57,7 +57,7 @@ class Demo:
             port = free.getsockname()[1]
         self.address, self.log = f"http://127.0.0.1:{port}/", folder / "make.log"
         flags = f"FLAGS=--base {base} --host 127.0.0.1 --port {port}"
-        environment = {name: value for name, value in os.environ.items() if name not in LEFT_OUT} | {
+        environment = {name: value for name, value in os.environ.items() if name not in UNSET} | {
             "CHAT_CACHE": str(folder / "cache"), "HF_HUB_CACHE": str(folder / "cache" / "hub"), "PIP_NO_CACHE_DIR": "1",
         }  # fmt: skip
         with self.log.open("w") as log:
@@ -74,7 +74,7 @@ class Demo:
     def until_installed(self) -> float:
         """Seconds until make has put down its stamp."""
         while not list((self.log.parent / ".venv").glob("*.stamp")):
-            self._look()
+            self._poll()
         return self.seconds()
 
     def until_open(self) -> float:
@@ -83,16 +83,16 @@ class Demo:
             with suppress(httpx.TransportError):
                 if httpx.get(f"{self.address}health").is_success:
                     return self.seconds()
-            self._look()
+            self._poll()
 
     def ask(self) -> tuple[float, float, str]:
-        """Seconds until her first letter and until the end, and the whole reply; she may still be dressing."""
+        """Seconds until her first letter and until the end, and the whole reply; the engine may still be loading."""
         first, text = 0.0, ""
-        with httpx.Client(base_url=self.address, timeout=PATIENCE) as client:
+        with httpx.Client(base_url=self.address, timeout=TIMEOUT) as client:
             page = client.get("gradio_api/info").json()["named_endpoints"]["/chat"]
             data = [QUESTION, *(given["parameter_default"] for given in page["parameters"][1:])]
-            asked = client.post("gradio_api/call/chat", json={"data": data}).raise_for_status()
-            with connect_sse(client, "GET", f"gradio_api/call/chat/{asked.json()['event_id']}") as events:
+            call = client.post("gradio_api/call/chat", json={"data": data}).raise_for_status()
+            with connect_sse(client, "GET", f"gradio_api/call/chat/{call.json()['event_id']}") as events:
                 for event in events.iter_sse():
                     text = (json.loads(event.data) or [text])[0] if event.event in ("generating", "complete") else text
                     if not first and text and not text.startswith(DRESSING):
@@ -116,14 +116,14 @@ class Demo:
             except subprocess.TimeoutExpired:
                 continue
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Wait a moment. Raises RuntimeError when it ended or takes too long."""
-        if self.process.poll() is not None or self.seconds() > PATIENCE:
-            said = self.log.read_text(encoding="utf-8", errors="replace")
+        if self.process.poll() is not None or self.seconds() > TIMEOUT:
+            output = self.log.read_text(encoding="utf-8", errors="replace")
             raise RuntimeError(
-                f"`make demo` ended, or was not done after {PATIENCE} s. Its last words:\n{said[-3000:]}"
+                f"`make demo` ended, or was not done after {TIMEOUT} s. Its last words:\n{output[-3000:]}"
             )
-        time.sleep(LOOK)
+        time.sleep(POLL)
 
 
 @contextmanager
@@ -190,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.setup", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", default="medium", help="small, medium or 7b")
     parser.add_argument("--python", nargs="+", metavar="PYTHON", help="by default each of 3.10 to 3.14 on the path")
-    picked = parser.parse_args(arguments)
-    pythons = picked.python or [python for python in PYTHONS if version(python)]
+    chosen = parser.parse_args(arguments)
+    pythons = chosen.python or [python for python in PYTHONS if version(python)]
     if missing := [python for python in pythons if not version(python)]:
         sys.exit(f"{missing[0]} does not run here. Name interpreters that do: --python /path/to/python3.12")
     if not pythons:
@@ -200,11 +200,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     packages: dict[str, str] = {}
     for python in pythons:
         try:
-            row, packages = measure(python, picked.base)
+            row, packages = measure(python, chosen.base)
         except RuntimeError as error:
             sys.exit(f"{python}: {error}")
         rows.append(row)
-    results.save("setup", rows, UNITS, versions={name: packages[name] for name in SHOWN if name in packages})
+    results.save("setup", rows, UNITS, versions={name: packages[name] for name in REPORTED if name in packages})
     print(results.table("setup"))
 
 

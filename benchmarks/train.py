@@ -12,7 +12,6 @@ spreads one step over so many GPUs (benchmarks/scale.py).
 
 import argparse
 import gc
-import itertools
 import random
 import statistics
 import tempfile
@@ -23,61 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks import results
-from chat import local
-from chat.base import locate
-from training import data, fast, trainer
-from training.proof import forecast, memory_in_use
-from training.recipe import HUANHUAN, POCKET, Recipe
-from training.tokens import Encoded, encode
+from benchmarks import models, results, scale
+from benchmarks.models import WARM, Clock
+from qwen2.training_step import TrainingStep
+from training import trainer
+from training.preflight import forecast, memory_in_use
+from training.recipe import Recipe
+from training.tokens import Encoded
 
-ARCHITECTURE = Qwen2Config(  # of Qwen2.5-7B-Instruct
-    hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    vocab_size=152064, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=32768,
-)  # fmt: skip
 UNITS = {
     "step_seconds": "s", "run_seconds": "s", "total_seconds": "s", "peak_gib": "GiB", "tokens_per_second": "tokens/s",
     "of_ceiling": "%", "forecast": "of the actual",
 }  # fmt: skip
-WARM = 3  # steps not counted
-
-
-class Clock(TrainerCallback):
-    """When each step began to be worked on; a step in which a graph was recorded is left out of the median's run."""
-
-    def __init__(self, step: fast.Step | None = None) -> None:
-        self.step, self.ends, self.recorded = step, [time.perf_counter()], [0]
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
-        self.recorded.append(len(self.step.graphs) if self.step else 0)
-
-    def seconds(self) -> float:
-        """Mean of the steps after the warm-up in which nothing was recorded."""
-        steps = zip(itertools.pairwise(self.ends), itertools.pairwise(self.recorded), strict=True)
-        spent = [end - begin for (begin, end), (before, after) in steps if before == after]
-        return statistics.fmean(spent[WARM:])
-
-
-def build(base: str, made_up: bool, recipe: Recipe, profile: str) -> Any:
-    """The base, real or of random weights, with a fresh LoRA."""
-    if not made_up:
-        return trainer.attach(local.load_base(local.dense(locate(base)), bits=recipe.bits), recipe, profile)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    with torch.device(local.best_device()):
-        model: PreTrainedModel = Qwen2ForCausalLM._from_config(ARCHITECTURE, dtype=torch.bfloat16)
-    return trainer.attach(model, recipe, profile)
 
 
 def tutorial(model: Any, rows: Sequence[Encoded], recipe: Recipe, work: Path, clock: Clock, tokenizer: Any) -> None:
@@ -103,13 +61,17 @@ def measure(
     """One row of the table."""
     steps = recipe.steps(len(rows))
     whole = profile == "fast" and chosen.whole
-    part = rows if whole else random.Random(0).sample(rows, min(len(rows), recipe.rows_a_step * (chosen.steps + WARM)))
+    part = (
+        rows
+        if whole
+        else random.Random(0).sample(rows, min(len(rows), recipe.global_batch_size * (chosen.steps + WARM)))
+    )
     recipe = replace(recipe, epochs=recipe.epochs if whole else 1, save_steps=10**9)
-    model = build(chosen.base, chosen.random, recipe, profile)
+    model = models.build(chosen.base, chosen.random, recipe, profile)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    step = fast.Step(model, recipe.max_length) if profile == "fast" else None
+    step = TrainingStep(model, recipe.max_length) if profile == "fast" else None
     expected = None if profile == "tutorial" else forecast(model, part, recipe, step)
     clock = Clock(step)
     with tempfile.TemporaryDirectory() as work:
@@ -121,7 +83,7 @@ def measure(
     total = time.perf_counter() - began
     a_step = clock.seconds()
     warm_up = total - a_step * (len(clock.ends) - 1)
-    tokens = statistics.fmean(len(row.input_ids) for row in rows) * recipe.rows_a_step
+    tokens = statistics.fmean(len(row.input_ids) for row in rows) * recipe.global_batch_size
     return {
         "profile": profile, "step_seconds": round(a_step, 4), "run_seconds": round(a_step * steps, 1),
         "total_seconds": round(warm_up + a_step * steps, 1), "peak_gib": round(memory_in_use() / 2**30, 1),
@@ -159,7 +121,7 @@ def table(chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded], t
     more: dict[str, Any] = {"rows learned": len(rows), "steps": recipe.steps(len(rows)), "base": chosen.base}
     if torch.cuda.is_available():
         rate, weights = ceiling(), 7.07e9 if chosen.base == "7b" else 0.494e9
-        tokens = statistics.fmean(len(row.input_ids) for row in rows) * recipe.rows_a_step
+        tokens = statistics.fmean(len(row.input_ids) for row in rows) * recipe.global_batch_size
         floor = 4 * weights * tokens / rate
         for line in lines:
             line["of_ceiling"] = round(100 * floor / line["step_seconds"], 1)
@@ -167,16 +129,6 @@ def table(chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded], t
     name = f"train-{results.kind()}" + ("" if chosen.base == "7b" else f"-{chosen.base}")
     results.save(name, lines, UNITS, **more)
     print(results.table(name), "\n", more, flush=True)
-
-
-def load(chosen: argparse.Namespace) -> tuple[Recipe, Any, list[Encoded]]:
-    """The recipe for the base, the tokenizer, and the rows."""
-    recipe = HUANHUAN if chosen.base == "7b" else replace(POCKET, dataset=("huanhuan",))
-    if chosen.dataset:
-        recipe = replace(recipe, dataset=tuple(chosen.dataset))
-    tokenizer = local.load_tokenizer(local.dense(locate("small" if chosen.random else chosen.base)))
-    rows = encode(tokenizer, data.load(recipe.dataset), recipe.max_length, recipe.terminator)
-    return recipe, tokenizer, rows
 
 
 class Redraw(TrainerCallback):
@@ -194,10 +146,10 @@ def curves(chosen: argparse.Namespace, recipe: Recipe, rows: Sequence[Encoded]) 
     for name, profile, callbacks in (
         ("faithful", "faithful", []), ("faithful, other dropout", "faithful", [Redraw()]), ("fast", "fast", []),
     ):  # fmt: skip
-        model = build(chosen.base, chosen.random, recipe, profile)
-        step = fast.Step(model, recipe.max_length) if profile == "fast" else None
+        model = models.build(chosen.base, chosen.random, recipe, profile)
+        step = TrainingStep(model, recipe.max_length) if profile == "fast" else None
         with tempfile.TemporaryDirectory() as work:
-            part = rows[: 200 * recipe.rows_a_step]
+            part = rows[: 200 * recipe.global_batch_size]
             history = trainer.train(model, part, recipe, Path(work), step=step, callbacks=callbacks)
         losses[name] = [entry["loss"] for entry in history if "loss" in entry]
         print(name, "last losses", losses[name][-3:], flush=True)
@@ -222,12 +174,10 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", help="numbers of GPUs to spread one step over")
     chosen = parser.parse_args()
     if chosen.gpus:
-        from benchmarks import scale
-
         scale.scale(chosen)
         return
     chosen.steps = chosen.steps or 20
-    recipe, tokenizer, rows = load(chosen)
+    recipe, tokenizer, rows = models.load(chosen)
     if chosen.curves:
         curves(chosen, recipe, rows)
     else:

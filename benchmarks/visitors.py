@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from httpx_sse import aconnect_sse
 
-ASIDE = "〔"  # opens what the page says beside her words: a place in line, or that he may come back
+HINT = "〔"  # opens what the page says beside her words: how many are ahead, or that he may come back
 PATIENCE = 1.0  # seconds before he asks again
 
 
@@ -50,7 +50,7 @@ async def listen(client: httpx.AsyncClient, data: list[Any]) -> tuple[float | No
             if event.event not in ("generating", "complete"):
                 continue
             text, last = json.loads(event.data)[0], time.perf_counter()
-            first = first or (last if text and ASIDE not in text else None)
+            first = first or (last if text and HINT not in text else None)
     return first, last, text
 
 
@@ -68,8 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.visitors", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("url", help="of the page, with a slash at the end")
     parser.add_argument("--visitors", type=int, default=64)
-    picked = parser.parse_args()
-    met = asyncio.run(crowd(picked.url, picked.visitors))
+    args = parser.parse_args()
+    met = asyncio.run(crowd(args.url, args.visitors))
     print(json.dumps([asdict(one) for one in met], ensure_ascii=False))
 
 

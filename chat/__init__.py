@@ -17,23 +17,21 @@ INSTALL = (
 
 # Before torch or llama.cpp is imported: OpenMP's threads wait for one another by spinning for milliseconds, and where
 # another program has a core, the one that is waited for cannot run meanwhile; ten times slower replies. After 1,000
-# turns they sleep.
+# messages they sleep.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def load(base: str | None = None, bits: int = 16, engine: str | None = None) -> "ChatEngine":
-    """The engine that ENGINE_URL names, else the one of this machine. Raises what `connect` or `load_here` raises."""
-    if os.environ.get("ENGINE_URL"):
-        if bits != 16:
-            raise ValueError("ENGINE_URL names an engine that chose the bits of its weights itself. Leave --bits out.")
-        if engine:
-            raise ValueError(
-                f"ENGINE_URL names an engine on another machine. Unset it, or leave --engine {engine} out."
-            )
-        from chat.remote import connect
+    """The engine that ENGINE_URL names, else the one of this machine. Raises Unavailable or ValueError."""
+    if not os.environ.get("ENGINE_URL"):
+        return load_here(base, bits, engine)
+    if bits != 16:
+        raise ValueError("ENGINE_URL names an engine that chose the bits of its weights itself. Leave --bits out.")
+    if engine:
+        raise ValueError(f"ENGINE_URL names an engine on another machine. Unset it, or leave --engine {engine} out.")
+    from chat.remote import connect
 
-        return connect()
-    return load_here(base, bits, engine)
+    return connect(load_here)
 
 
 def load_here(base: str | None = None, bits: int = 16, engine: str | None = None) -> "ChatEngine":
@@ -42,7 +40,7 @@ def load_here(base: str | None = None, bits: int = 16, engine: str | None = None
     transformers also takes what llama.cpp cannot: a folder that is no GGUF, 8 or 4 bits by bitsandbytes, a platform
     that xllamacpp has no wheel for. Raises Unavailable or ValueError, with what to do.
     """
-    from chat.base import is_folder
+    from chat.checkpoints import is_folder
     from chat.machine import has_gpu
 
     why = (
@@ -51,9 +49,10 @@ def load_here(base: str | None = None, bits: int = 16, engine: str | None = None
         else "xllamacpp, which brings llama.cpp, is not installed" if not find_spec("xllamacpp")
         else ""
     )  # fmt: skip
+    install = INSTALL if "xllamacpp" in why else ""
     if engine == "llama" and why:
-        raise ValueError(f"{why}. Leave --engine llama out{INSTALL if 'xllamacpp' in why else ''}.")
-    if engine == "llama" or (engine is None and not why and not has_gpu()):
+        raise ValueError(f"{why}. Leave --engine llama out{install}.")
+    if engine == "llama" or not (engine or why or has_gpu()):
         from chat import llama
 
         return llama.load(base)
@@ -62,8 +61,8 @@ def load_here(base: str | None = None, bits: int = 16, engine: str | None = None
             f"{why or 'You named it'}: this takes transformers and torch, which are not installed here. "
             "Install them, `.venv/bin/pip install -c constraints.txt -r requirements.txt`, and start again."
         )
-    if why and engine is None and not has_gpu():
-        log.warning("transformers answers: %s%s.", why, INSTALL if "xllamacpp" in why else "")
+    if why and not (engine or has_gpu()):
+        log.warning("transformers answers: %s%s.", why, install)
     from chat import local  # here, so that --help and the page's tests need no torch
 
     return local.load(base, bits)

@@ -4,12 +4,14 @@ import argparse
 import logging
 import sys
 import threading
+from contextlib import suppress
 
 from chat import ENGINES, load
-from chat.base import MEMORY_7B
-from chat.engine import Awaited, Busy, ChatEngine, Sampling
-from chat.fetch import Unavailable
+from chat.bases import MEMORY_7B
+from chat.download import Unavailable
+from chat.engine import Busy, ChatEngine
 from chat.persona import GREETING, NAME, Message
+from chat.sampling import Sampling
 
 
 def main() -> None:
@@ -19,47 +21,41 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
     parser.add_argument("--engine", choices=ENGINES, help="by default what fits this machine")
     parser.add_argument("--adapter", help="an adapter's name, or base for none")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        engine = load(chosen.base, chosen.bits, chosen.engine)
-        engine = engine.wait() if isinstance(engine, Awaited) else engine
+        engine = load(arguments.base, arguments.bits, arguments.engine)
+        engine.wait()
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         sys.exit(str(error))
-    talk(engine, chosen.adapter or engine.adapters[0])
+    talk(engine, arguments.adapter or engine.adapters[0])
 
 
 def talk(engine: ChatEngine, adapter: str) -> None:
     """Read questions from standard input and print each reply as it comes; Ctrl-C stops a reply."""
     print(f"{NAME} · {engine.base} · {adapter}\n\n{NAME}：{GREETING}")
-    turns: list[Message] = []
-    while question := _ask():
-        turns.append({"role": "user", "content": question})
-        turns.append({"role": "assistant", "content": _say(engine, turns, adapter)})
+    messages: list[Message] = []
+    with suppress(EOFError, KeyboardInterrupt):
+        while question := input("\n你：").strip():
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": _print_reply(engine, messages, adapter)})
 
 
-def _ask() -> str:
-    try:
-        return input("\n你：").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
-
-
-def _say(engine: ChatEngine, turns: list[Message], adapter: str) -> str:
-    said = ""
-    print(f"{NAME}：", end="", flush=True)
+def _print_reply(engine: ChatEngine, messages: list[Message], adapter: str) -> str:
+    text = ""
     cancel = threading.Event()
+    print(f"{NAME}：", end="", flush=True)
     try:
-        for piece in engine.stream(turns, adapter, Sampling(), cancel):
-            said += piece.text
-            print(piece.text, end="", flush=True)
+        for chunk in engine.stream(messages, [adapter], Sampling(), cancel):
+            text += chunk.text
+            print(chunk.text, end="", flush=True)
     except KeyboardInterrupt:
         cancel.set()
     except (ValueError, Busy, Unavailable) as error:
         print(error, end="")
     print()
-    return said or "……"
+    return text or "……"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from chat.fetch import Unavailable
+from chat.download import Unavailable
 
 # struct's letters for GGUF's scalar types (ggml/docs/gguf.md); 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -54,7 +54,7 @@ class GgufTokenizer:
             for token, kind in zip(tokens, kinds, strict=True)
             if kind in (CONTROL, USER_DEFINED)
         ])  # fmt: skip
-        # As transformers renders templates: nothing of Python can be reached, blocks leave no blank lines.
+        # As transformers renders templates: sandboxed from Python, and blocks leave no blank lines.
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         self._template = environment.from_string(template)
 
@@ -73,39 +73,22 @@ class GgufTokenizer:
 def read_metadata(path: Path) -> dict[str, Any]:
     """All keys and values in the head of a GGUF file, version 3. Raises OSError, ValueError or struct.error."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        magic, version, _, count = struct.unpack_from("<4sIQQ", data)
+        magic, version, _, count = struct.unpack("<4sIQQ", data.read(24))
         if (magic, version) != (b"GGUF", 3):
             raise ValueError("it does not begin as a GGUF of version 3")
-        reader = _Reader(data, struct.calcsize("<4sIQQ"))
-        return {reader.string(): reader.value(reader.scalar("I")) for _ in range(count)}
+        return {_value(data, STRING): _value(data, _scalar(data, "I")) for _ in range(count)}
 
 
-class _Reader:
-    """Values one after the other, from a position on."""
+def _scalar(data: mmap.mmap, letter: str) -> Any:
+    (value,) = struct.unpack(f"<{letter}", data.read(struct.calcsize(f"<{letter}")))
+    return value
 
-    def __init__(self, data: mmap.mmap, position: int) -> None:
-        self.data, self.position = data, position
 
-    def scalar(self, letter: str) -> Any:
-        (value,) = struct.unpack_from(f"<{letter}", self.data, self.position)
-        self.position += struct.calcsize(f"<{letter}")
-        return value
-
-    def length(self) -> int:
-        length = int(self.scalar("Q"))
-        if length > len(self.data):
-            raise ValueError("a string or an array in it is longer than the file")
-        return length
-
-    def string(self) -> str:
-        length = self.length()
-        self.position += length
-        return self.data[self.position - length : self.position].decode()
-
-    def value(self, kind: int) -> Any:
-        if kind == STRING:
-            return self.string()
-        if kind != ARRAY:
-            return self.scalar(SCALARS[kind])
-        kind, length = self.scalar("I"), self.length()
-        return [self.value(kind) for _ in range(length)]
+def _value(data: mmap.mmap, kind: int) -> Any:
+    """The value at the file's position, which moves behind it."""
+    if kind not in (STRING, ARRAY):
+        return _scalar(data, SCALARS[kind])
+    element = _scalar(data, "I") if kind == ARRAY else None
+    if (length := _scalar(data, "Q")) > len(data):
+        raise ValueError("a string or an array in it is longer than the file")
+    return data.read(length).decode() if element is None else [_value(data, element) for _ in range(length)]

@@ -12,40 +12,43 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chat import base as bases
-from chat import gguf_lora
+from chat import checkpoints, gguf_lora
 from chat.adapter import WEIGHTS, Adapter, find
-from chat.base import BASES, Located
+from chat.bases import BASES
+from chat.checkpoints import Checkpoint
+from chat.download import Unavailable, digest
 from chat.engine import (
     BASE_ONLY,
-    MAX_NEW_TOKENS,
+    HEARTBEAT,
     PROMPT_TOKENS,
     REPLY_SECONDS,
-    Awaited,
-    Cost,
-    Piece,
-    Sampling,
+    Chunk,
+    Chunks,
+    FinishReason,
+    Usage,
     check_adapters,
-    whole_number,
-)
-from chat.fetch import Unavailable, digest
+    drain,
+    max_num_seqs,
+    until_loaded,
+)  # fmt: skip
 from chat.gguf_tokenizer import GgufTokenizer
 from chat.machine import available_memory, usable_cores
 from chat.persona import OPENERS, Message
 from chat.prompt import prompt_ids, trim
+from chat.sampling import MAX_NEW_TOKENS, Sampling
 
 log = logging.getLogger(__name__)
 
-SLOTS = 8  # conversations at once; each keeps 72 MB of the medium base's KV cache
+SLOTS = 8  # conversations at once; each takes 72 MB of the medium base's KV cache
 CONTEXT = PROMPT_TOKENS + MAX_NEW_TOKENS  # tokens of a slot
-PREFILL = 256  # tokens of a prompt read at once: a reply can be cancelled, and others go on, between two of them
-BEAT = 0.5  # seconds between two signs of life while nothing is said, so that a visitor who left is noticed
+PREFILL = 256  # tokens of a prompt computed at once: a reply can be cancelled, and others go on, between two of them
 TOP_LOGPROBS = 16  # whose log probabilities are compared when an adapter is tried
+PARAMETER_NAMES = {"max_new_tokens": "max_tokens", "repetition_penalty": "repeat_penalty"}  # llama.cpp's; else as ours
 
 
 def best_base() -> str:
@@ -60,36 +63,23 @@ def best_base() -> str:
     return "small"
 
 
-def load(choice: str | None = None) -> Awaited:
-    """The engine of a machine without an NVIDIA GPU; its files are checked and opened in the background.
+def load(choice: str | None = None) -> "LlamaEngine":
+    """The engine of a machine without an NVIDIA GPU.
 
-    The base is fetched and the adapters are checked before this returns. Raises Unavailable or ValueError.
+    The base's file is fetched and the adapters' are checked before this returns. Raises Unavailable or ValueError.
     """
-    num_slots = whole_number("PLACES", os.environ.get("PLACES") or str(SLOTS))
-    choice = choice or best_base()
-    located = bases.locate(choice, gguf=True)
-    if (free := available_memory()) < located.base.memory:
+    num_slots = max_num_seqs(SLOTS)
+    checkpoint = checkpoints.locate(choice or best_base(), gguf=True)
+    if (free := available_memory()) < checkpoint.base.memory:
         log.warning(
-            "%s needs %.1f GB of memory, %.1f are free. If it is too slow, give a smaller PLACES or --base small.",
-            choice, located.base.memory / 1e9, free / 1e9,
+            "%s needs %.1f GB of memory, %.1f are free. If it is too slow, lower MAX_NUM_SEQS or give --base small.",
+            choice, checkpoint.base.memory / 1e9, free / 1e9,
         )  # fmt: skip
-    found, refused = find(located)
-    adapters = [adapter for adapter in found if not adapter.dora]
+    found, refused = find(checkpoint)
     refused += [gguf_lora.NO_DORA.format(name=adapter.name) for adapter in found if adapter.dora]
     for sentence in refused:
         log.warning(sentence)
-
-    def make() -> "LlamaEngine":
-        located.verify()
-        engine = LlamaEngine(located, adapters, num_slots)
-        engine.refused += refused
-        return engine
-
-    return Awaited(_served_by(located), [adapter.name for adapter in adapters], make, num_slots)
-
-
-def _served_by(located: Located) -> str:
-    return f"{located.base.name} ({located.source}, llama.cpp)"
+    return LlamaEngine(checkpoint, [adapter for adapter in found if not adapter.dora], num_slots, refused)
 
 
 class LoraQueue:
@@ -105,12 +95,12 @@ class LoraQueue:
         self._active, self._running = "", 0
 
     def enter(self, lora: str, cancel: threading.Event) -> bool:
-        """Wait for the turn of this LoRA; False when cancelled before it came."""
+        """Wait until requests of this LoRA may run; False when cancelled before that."""
         ticket = object(), lora
         with self._changed:
             self._waiting.append(ticket)
             while not (cancelled := cancel.is_set()) and not self._may_enter(ticket):
-                self._changed.wait(BEAT)
+                self._changed.wait(HEARTBEAT)
             self._waiting.remove(ticket)
             if not cancelled:
                 self._active, self._running = lora, self._running + 1
@@ -121,7 +111,7 @@ class LoraQueue:
         return self._waiting[0] is ticket and (not self._running or self._active == ticket[1])
 
     def leave(self) -> None:
-        """One that entered is done."""
+        """A request that entered is done."""
         with self._changed:
             self._running -= 1
             self._changed.notify_all()
@@ -129,16 +119,16 @@ class LoraQueue:
 
 @dataclass(eq=False)
 class _Reply:
-    """A reply under way on one slot; `chunks` gets its text, tagged with its row, and None at its end."""
+    """A reply under way on one slot; its text goes into `chunks`."""
 
     row: int
-    chunks: "queue.SimpleQueue[tuple[int, Piece] | None]"
+    chunks: Chunks
     cancel: threading.Event
     started: float = field(default_factory=time.perf_counter)
-    first_token: float = 0.0
+    first_token: float = 0.0  # seconds
     tokens: int = 0
     held: str = ""  # U+FFFD at the end: what llama.cpp writes for a character that the end of the reply cut
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     error: str | None = None
 
     def __call__(self, event: dict[str, Any]) -> bool:
@@ -156,8 +146,7 @@ class _Reply:
             return False
         (choice,) = event["choices"]
         if choice["finish_reason"]:
-            self.tokens = event["usage"]["completion_tokens"]
-            self.finish_reason = {"stop": "end"}.get(choice["finish_reason"], choice["finish_reason"])
+            self.tokens, self.finish_reason = event["usage"]["completion_tokens"], choice["finish_reason"]
             return False
         self.tokens = event["timings"]["predicted_n"]
         self.first_token = self.first_token or time.perf_counter() - self.started
@@ -165,64 +154,62 @@ class _Reply:
         ready = text.rstrip("\ufffd")
         self.held = text[len(ready) :]
         if ready:
-            self.chunks.put((self.row, Piece(ready)))
+            self.chunks.put(Chunk(ready, self.row))
         return False
 
-    def cost(self) -> Cost:
+    def usage(self) -> Usage:
         """What it took. Raises RuntimeError when llama.cpp failed."""
         if self.error or not self.finish_reason:
             raise RuntimeError(f"llama.cpp failed: {self.error or 'the reply broke off'}")
         seconds = time.perf_counter() - self.started
-        return Cost(self.finish_reason, self.tokens, self.first_token or seconds, seconds)  # type: ignore[arg-type]
+        return Usage(self.finish_reason, self.tokens, self.first_token or seconds, seconds)
 
 
 class LlamaEngine:
     """A base and its adapters in llama.cpp. May be called from any thread."""
 
-    ready = True
+    def __init__(
+        self, checkpoint: Checkpoint, adapters: Sequence[Adapter] = (), max_num_seqs: int = SLOTS,
+        refused: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Return at once; a thread opens the GGUF, and each adapter as GGUF LoRA.
 
-    def __init__(self, located: Located, adapters: Sequence[Adapter] = (), num_slots: int = SLOTS) -> None:
-        """Open the GGUF and each adapter as GGUF LoRA. Raises Unavailable when that fails, ValueError for a DoRA."""
-        self.base = _served_by(located)
-        self.places = self.most = num_slots
-        self.tokenizer = GgufTokenizer(located.path)
-        self._loras = [adapter.name for adapter in adapters]
-        self._server = _open_server(located.path, [gguf_lora.cached(adapter) for adapter in adapters], num_slots)
-        self._threads = ThreadPoolExecutor(num_slots, thread_name_prefix="llama")
-        self._lora_queue = LoraQueue()
-        self.refused: list[str] = []
-        self._served: list[str] = []
+        `wait` and `stream` raise Unavailable when that fails, ValueError for a DoRA.
+        """
+        self.base = f"{checkpoint.base.name} ({checkpoint.source}, llama.cpp)"
+        self.adapters = [*(adapter.name for adapter in adapters), BASE_ONLY]
+        self.refused, self.max_num_seqs, self.num_slots = list(refused), max_num_seqs, 1
+        self._loras = [adapter.name for adapter in adapters]  # by llama.cpp's numbers, refused ones included
         self._digests: dict[str, str] = {}
+        self._lora_queue = LoraQueue()
+        self._threads = ThreadPoolExecutor(max_num_seqs, thread_name_prefix="llama")
+        self._loading = self._threads.submit(self._load, checkpoint, adapters)
+
+    def _load(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+        checkpoint.verify()
+        self.tokenizer = GgufTokenizer(checkpoint.path)
+        loras = [gguf_lora.cached(adapter) for adapter in adapters]
+        self._server = _open_server(checkpoint.path, loras, self.max_num_seqs)
         for adapter in adapters:
             self._admit(adapter)
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters that passed the gate, then the base alone."""
-        return [*self._served, BASE_ONLY]
-
-    def digest(self, adapter: str) -> str:
-        """The first twelve hex digits of the weights' sha256; empty for the base alone."""
-        return self._digests.get(adapter, "")
+        self.num_slots = self.max_num_seqs
 
     def _admit(self, adapter: Adapter) -> None:
-        """Offer an adapter, unless it leaves the log probabilities as they are or makes them infinite."""
+        """Turn an adapter down when it leaves the log probabilities as they are or makes them infinite."""
         plain, adapted = (self._top_logprobs(name) for name in (BASE_ONLY, adapter.name))
-        if None in adapted:
-            self.refused.append(f"{adapter.folder / WEIGHTS} makes logits that are not finite. Train it again.")
-        elif adapted == plain:
-            self.refused.append(f"{adapter.folder / WEIGHTS} changes no logits. Train it again.")
+        if None in adapted or adapted == plain:
+            fault = "makes logits that are not finite" if None in adapted else "changes no logits"
+            self.adapters = [name for name in self.adapters if name != adapter.name]
+            self.refused.append(f"{adapter.folder / WEIGHTS} {fault}. Train it again.")
+            log.warning(self.refused[-1])
         else:
-            self._served.append(adapter.name)
             self._digests[adapter.name] = digest(adapter.folder / WEIGHTS)[:12]
-            return
-        log.warning(self.refused[-1])
 
     def _top_logprobs(self, adapter: str) -> list[float | None]:
         """The model's highest log probabilities after two tokens, with an adapter or none."""
         ids = prompt_ids(self.tokenizer, [{"role": "user", "content": OPENERS[0]}])
         body = self._body(ids[:2], adapter, Sampling(temperature=0, max_new_tokens=1))
-        # They are told beside a token of whole characters only, hence one is made to come; they are those before that.
+        # llama.cpp gives them only with a token of whole characters, so one is forced; they are those from before that.
         ((letter,),) = self.tokenizer(["A"])["input_ids"]
         asked = {"stream": False, "return_progress": False, "logprobs": TOP_LOGPROBS, "logit_bias": [[letter, 1e6]]}
         answer = self._server.handle_completions({**body, **asked})
@@ -231,61 +218,50 @@ class LlamaEngine:
         (token,) = answer["choices"][0]["logprobs"]["content"]
         return [top["logprob"] for top in token["top_logprobs"]]
 
+    @property
+    def ready(self) -> bool:
+        """Whether loading is done."""
+        return self._loading.done()
+
+    def wait(self) -> None:
+        """Return once it is loaded. Raises what loading raised."""
+        self._loading.result()
+
+    def digest(self, adapter: str) -> str:
+        """The first twelve hex digits of the weights' sha256; empty for the base alone."""
+        return self._digests.get(adapter, "")
+
     def stream(
-        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event, go_on: bool = False
-    ) -> Iterator[Piece]:
-        """Answer the last turn, a piece for each token; with `go_on` continue it.
+        self, messages: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event,
+        continue_final_message: bool = False,
+    ) -> Iterator[Chunk]:  # fmt: skip
+        """Generate a reply with each adapter, a chunk for each token, or continue the last message.
 
-        Closing the iterator or setting `cancel` frees the slot within a token, or within PREFILL tokens of the prompt.
-        Until the first token comes an empty piece every BEAT seconds lets the iterator be closed.
-        Raises ValueError for an unknown adapter or a question too long, RuntimeError when llama.cpp fails.
+        Adapters answer in the order that LoraQueue lets them in. Closing the iterator or setting `cancel` frees the
+        slots within a token, or within PREFILL tokens of the prompt. Raises ValueError for an unknown adapter or a
+        question too long, RuntimeError when llama.cpp fails, and what loading raised.
         """
-        for _, piece in self._generate(turns, [adapter], sampling, cancel, go_on):
-            yield piece
-
-    def compare(
-        self, turns: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event
-    ) -> Iterator[tuple[int, Piece]]:
-        """Answer with several adapters, one after the other as LoraQueue says. Raises as `stream` does."""
-        return self._generate(turns, adapters, sampling, cancel)
-
-    def _generate(
-        self,
-        turns: Sequence[Message],
-        adapters: Sequence[str],
-        sampling: Sampling,
-        cancel: threading.Event,
-        go_on: bool = False,
-    ) -> Iterator[tuple[int, Piece]]:
+        yield from until_loaded(self._loading)
         check_adapters(adapters, self.adapters)
-        kept, ids = trim(self.tokenizer, turns, PROMPT_TOKENS, go_on)
-        chunks: queue.SimpleQueue[tuple[int, Piece] | None] = queue.SimpleQueue()
-        work: list[Future[Cost]] = []
-        for row, adapter in enumerate(adapters):
-            work.append(self._threads.submit(self._reply, self._body(ids, adapter, sampling), row, chunks, cancel))
-            work[-1].add_done_callback(lambda _: chunks.put(None))
+        kept, ids = trim(self.tokenizer, messages, PROMPT_TOKENS, continue_final_message)
+        chunks: Chunks = queue.SimpleQueue()
+        replies = [
+            self._threads.submit(self._generate, self._body(ids, adapter, sampling), row, chunks, cancel)
+            for row, adapter in enumerate(adapters)
+        ]
         try:
-            yield from _drained(chunks, len(work))
-            for row, part in enumerate(work):
-                yield row, Piece("", replace(part.result(), forgotten=len(turns) - len(kept)))
+            yield from drain(chunks, replies, dropped_messages=len(messages) - len(kept))
         finally:
             cancel.set()
 
-    def _reply(
-        self,
-        body: dict[str, Any],
-        row: int,
-        chunks: "queue.SimpleQueue[tuple[int, Piece] | None]",
-        cancel: threading.Event,
-    ) -> Cost:
-        """Generate one reply on a thread of this engine; llama.cpp calls back with each token."""
-        lora = str(body["lora"])
-        if not self._lora_queue.enter(lora, cancel):
-            return Cost("cancelled", 0, 0, 0)
+    def _generate(self, body: dict[str, Any], row: int, chunks: Chunks, cancel: threading.Event) -> Usage:
+        """Generate one reply on a thread of this engine; llama.cpp calls `_Reply` with each token."""
+        if not self._lora_queue.enter(str(body["lora"]), cancel):
+            return Usage("cancelled", 0, 0, 0)
         try:
             reply = _Reply(row, chunks, cancel)
             self._server.handle_completions(body, reply)
-            return reply.cost()
+            return reply.usage()
         finally:
             self._lora_queue.leave()
 
@@ -300,31 +276,13 @@ class LlamaEngine:
             "stream": True,
             "return_progress": True,
             "timings_per_token": True,  # they count tokens; one within a character makes no event
-            "max_tokens": sampling.max_new_tokens,
             "samplers": ["penalties", "temperature", "top_k", "top_p"],
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
+            **{PARAMETER_NAMES.get(name, name): value for name, value in sampling.parameters().items()},
             "min_p": 0.0,
-            "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": CONTEXT,
             "seed": secrets.randbits(31) if sampling.seed is None else sampling.seed,
             "lora": [{"id": n, "scale": float(name == adapter)} for n, name in enumerate(self._loras)],
         }
-
-
-def _drained(chunks: "queue.SimpleQueue[tuple[int, Piece] | None]", replies: int) -> Iterator[tuple[int, Piece]]:
-    """What comes out of a queue into which each reply puts None at its end, and a sign of life while nothing does."""
-    while replies:
-        try:
-            chunk = chunks.get(timeout=BEAT)
-        except queue.Empty:
-            yield 0, Piece("")
-            continue
-        if chunk:
-            yield chunk
-        else:
-            replies -= 1
 
 
 def _open_server(path: Path, loras: Sequence[Path], num_slots: int) -> Any:
@@ -352,11 +310,9 @@ def _open_server(path: Path, loras: Sequence[Path], num_slots: int) -> Any:
     params.fit_params = not on_cpu  # as many layers on the GPU, if llama.cpp was built for one, as fit there
     if on_cpu:  # read rather than mapped: what is repacked for the CPU would stay in memory twice
         params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = (
-        int(threads)
-        if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal() and int(threads)
-        else usable_cores()
-    )
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    num_threads = (int(threads) if threads.isdecimal() else 0) or usable_cores()
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = num_threads
     try:
         server = xllamacpp.Server(params)
         # Its loop may not have begun yet, and a server that is dropped before that is waited for without end.
@@ -364,6 +320,6 @@ def _open_server(path: Path, loras: Sequence[Path], num_slots: int) -> Any:
         return server
     except RuntimeError as error:
         raise Unavailable(
-            f"llama.cpp cannot open {path} with {len(loras)} adapters. Free some memory, give a smaller PLACES or "
+            f"llama.cpp cannot open {path} with {len(loras)} adapters. Free some memory, lower MAX_NUM_SEQS, give "
             "--base small, or try --engine transformers."
         ) from error

@@ -1,4 +1,4 @@
-"""What this machine has: memory that is free, cores that may be used, an NVIDIA or AMD GPU for torch."""
+"""What this machine has: free memory, usable cores, an NVIDIA or AMD GPU for torch."""
 
 import ctypes
 import os
@@ -13,21 +13,21 @@ ZERO_GPU = "SPACES_ZERO_GPU"  # set on a Space with ZeroGPU
 
 
 def available_memory() -> int:
-    """Bytes that a program can still take: of the machine, or of the container where that allows less."""
+    """Bytes that a program can still take, of the machine or of its container, whichever allows less."""
     free = int(psutil.virtual_memory().available)
     try:
         limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
         if limit == "max":
             return free
         held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        files = int(held.get("inactive_file", 0)) + int(held.get("active_file", 0))  # what they hold can be given up
+        files = int(held.get("inactive_file", 0)) + int(held.get("active_file", 0))  # the kernel can drop this cache
         return min(free, int(limit) - int(used) + files)
     except (OSError, ValueError):
         return free
 
 
 def usable_cores() -> int:
-    """Cores worth a thread each: those this process may use, on larger machines without their second hyper-thread."""
+    """Cores worth a thread each: those that this process may use; of more than four, one for each physical core."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if usable > 4:
         usable = max(4, min(usable, psutil.cpu_count(logical=False) or usable))
@@ -39,7 +39,7 @@ def usable_cores() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether torch is here with a GPU, or ZeroGPU will lend one. torch is imported only where a driver is."""
+    """Whether torch is installed and has a GPU, or ZeroGPU will lend one. Imports torch only where a driver is."""
     if os.environ.get(ZERO_GPU):
         return True
     if not find_spec("torch") or not _has_driver():

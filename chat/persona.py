@@ -1,4 +1,4 @@
-"""Who 甄嬛 is, where in her life she stands, who speaks to her. The system prompt is written here and nowhere else."""
+"""Who 甄嬛 is, the scenes of her life, and who may speak to her. Only this file holds the system prompt."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Literal, TypedDict
 
 NAME = "甄嬛"
 SYSTEM_PROMPT = "现在你要扮演皇帝身边的女人--甄嬛"
-PASSER_BY = "路人"  # a visitor the story does not know; he is not announced
+PASSER_BY = "路人"  # a visitor whom the story does not know; the prompt does not mention him
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A time of her life: her rank and age in it (as she counts years), how she opens, and who may come to her."""
+    """A time of her life: her rank, her age (as she counts years), her greeting, and who may come to her."""
 
     name: str
     english: str
@@ -23,7 +23,7 @@ class Scene:
     visitors: tuple[str, ...] = (PASSER_BY,)
 
 
-# The first one is where she stands when nothing is said; the dialogues and the set were written for it.
+# The first scene is the default; the dialogues and the data set were written for it.
 SCENES = (
     Scene(
         "永寿宫", "Her palace, today", "熹贵妃", "Noble Consort Xi", 26,
@@ -71,7 +71,7 @@ SCENES = (
 )  # fmt: skip
 GREETING, OPENERS = SCENES[0].greeting, SCENES[0].openers
 
-# Said when no reply can be given; the page adds a plain hint below.
+# Her lines when no reply can be given; the page adds a plain hint below.
 UNWELL = "本宫忽觉有些乏了，容我歇一歇，你再问一回可好？"
 CROWDED = "殿外候着的人多，劳你稍等片刻，本宫即刻便来。"
 DRESSING = "本宫正在梳妆，你且稍坐，片刻便来。"
@@ -81,33 +81,33 @@ LONG_WINDED = "这话太长，本宫听得糊涂了，拣要紧的说罢。"
 
 
 class Message(TypedDict):
-    """One turn in the shape that chat templates take."""
+    """A message in the form that chat templates take."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-def converse(turns: Iterable[Message]) -> list[Message]:
-    """Put the system prompt before the turns: the only way a conversation starts."""
-    return [{"role": "system", "content": SYSTEM_PROMPT}, *turns]
+def with_system_prompt(messages: Iterable[Message]) -> list[Message]:
+    """The messages after the system prompt; every conversation starts with it."""
+    return [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
 
 
 def scene_named(name: str) -> Scene:
-    """The scene of that name. Raises ValueError for one she does not know."""
+    """The scene of that name. Raises ValueError when there is none."""
     for scene in SCENES:
         if scene.name == name:
             return scene
     raise ValueError(f"There is no scene {name!r}; choose one of {', '.join(scene.name for scene in SCENES)}.")
 
 
-def staged(turns: Iterable[Message], scene: str = SCENES[0].name, visitor: str = PASSER_BY) -> list[Message]:
-    """The turns as she hears them: each of the visitor's opens with the scene and who he is, in brackets.
+def with_scene(messages: Iterable[Message], scene: str = SCENES[0].name, visitor: str = PASSER_BY) -> list[Message]:
+    """The messages, each of the visitor's with the scene and his name before it, in brackets.
 
-    Every turn carries it, so that it outlives trimming. The first scene and a passer-by go unannounced. Raises
-    ValueError for a scene unknown, or a visitor who cannot come to her in it.
+    Every message of his carries them, so that trimming cannot drop them. The first scene and a passer-by are left out.
+    Raises ValueError for an unknown scene, or for a visitor who cannot come to her in it.
     """
-    if visitor not in scene_named(scene).visitors:
-        raise ValueError(f"{visitor} does not come to her in {scene}; {', '.join(scene_named(scene).visitors)} may.")
-    told = [*([scene] if scene != SCENES[0].name else []), *([visitor] if visitor != PASSER_BY else [])]
-    cue = f"（{'·'.join(told)}）" if told else ""
-    return [{**turn, "content": cue + turn["content"]} if turn["role"] == "user" else turn for turn in turns]
+    if visitor not in (visitors := scene_named(scene).visitors):
+        raise ValueError(f"{visitor} does not come to her in {scene}; {', '.join(visitors)} may.")
+    names = [name for name, default in ((scene, SCENES[0].name), (visitor, PASSER_BY)) if name != default]
+    cue = f"（{'·'.join(names)}）" if names else ""
+    return [{**each, "content": cue + each["content"]} if each["role"] == "user" else each for each in messages]

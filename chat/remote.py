@@ -1,137 +1,91 @@
 """RemoteEngine: any OpenAI-compatible servers with LoRA adapters: vLLM, SGLang, Ray Serve LLM, transformers serve."""
 
-import asyncio
-import itertools
 import logging
 import os
-import queue
 import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 
 import anyio
 import httpx
+from anyio.from_thread import BlockingPortal
 
-from chat.engine import BASE_ONLY, Busy, ChatEngine, Cost, Piece, Sampling, whole_number
-from chat.fetch import Unavailable
+from chat.bases import BASES
+from chat.download import Unavailable
+from chat.engine import BASE_ONLY, Busy, ChatEngine, Chunk, Chunks, Usage, check_adapters, drain, max_num_seqs
+from chat.openai_server import Request, Server, Timeouts, chatml
 from chat.persona import Message
-from chat.wire import Limits, Server, chatml
+from chat.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
-URL = "ENGINE_URL"  # the setting that chooses this engine
-PLACES = 32  # replies at once
-PROMPT_BYTES = 8192  # longest prompt; of Chinese and of English about the 2,048 tokens that the local engine keeps
+NUM_SLOTS = 32  # replies at once, unless "ENGINE_MAX_NUM_SEQS" or its old name "ENGINE_PLACES" says otherwise
+PROMPT_BYTES = 8192  # longest prompt; of Chinese and of English about the 2,048 tokens that the local engines keep
 STARTING = 600.0  # seconds that a server may take to load its model
-LONGEST_WAIT = 8.0  # seconds between two attempts
-BEAT = 0.5  # seconds between two signs of life while nothing is said, so that a visitor who left is noticed
-VERSION = re.compile(r".*-([0-9a-f]{8,12})")  # an adapter published as NAME-DIGEST
-Pieces = queue.SimpleQueue[tuple[int, Piece] | None]
+LONGEST_BACKOFF = 8.0  # seconds between two attempts
 
 
-def connect(settings: Mapping[str, str] = os.environ, limits: Limits | None = None) -> "RemoteEngine":
-    """The engine that the settings name, once one of its servers answers. Raises Unavailable or ValueError."""
+def connect(
+    load_here: Callable[..., ChatEngine], settings: Mapping[str, str] = os.environ, timeouts: Timeouts | None = None
+) -> "RemoteEngine":
+    """The engine that the settings name, once a server answers. Raises Unavailable or ValueError.
+
+    `load_here` loads the base of ENGINE_FALLBACK, which answers while no server does.
+    """
     fallback = None
     if choice := settings.get("ENGINE_FALLBACK"):
-        from chat import load_here
-        from chat.base import BASES
-
-        # Not on a GPU, which may be the very one that the engine fills.
+        # Not on a GPU, which may be the very one that the server fills.
         fallback = load_here(choice, engine="llama" if choice in BASES else None)
-    engine = RemoteEngine(
-        [url.strip() for url in settings[URL].split(",") if url.strip()],
-        key=settings.get("ENGINE_KEY", ""),
-        base=settings.get("ENGINE_BASE", ""),
-        wanted=[name.strip() for name in settings.get("ENGINE_ADAPTERS", "").split(",") if name.strip()],
-        places=whole_number("ENGINE_PLACES", settings.get("ENGINE_PLACES") or str(PLACES)),
-        fallback=fallback,
-        limits=limits or Limits(),
-    )
+    engine = RemoteEngine(settings, timeouts or Timeouts(), fallback)
     engine.wait(0 if fallback else STARTING)
     return engine
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What a visitor wants answered."""
-
-    turns: Sequence[Message]
-    sampling: Sampling
-    go_on: bool
-
-
-@dataclass
-class _Said:
-    """How far one reply has come; its pieces go to whoever waits for them."""
-
-    adapter: str
-    row: int
-    pieces: Pieces
-    began: float = field(default_factory=time.monotonic)
-    first: float = 0
-    tokens: int = 0
-
-    def add(self, text: str) -> None:
-        """A piece more; a server that counts tokens corrects their number in the end."""
-        self.first = self.first or time.monotonic()
-        self.tokens += 1
-        self.pieces.put((self.row, Piece(text)))
-
-    def cost(self, stopped: Literal["end", "length", "time", "cancelled"]) -> Cost:
-        """What it took, now that it has ended."""
-        now = time.monotonic()
-        return Cost(stopped, self.tokens, (self.first or now) - self.began, now - self.began)
-
-
 class RemoteEngine:
-    """Servers with the same base. Its own thread runs one task for each reply; cancelling it closes the connection."""
+    """Servers with the same base. Its own thread runs a task for each reply; cancelling it closes the connection."""
 
-    ready = True
+    ready = True  # `connect` has waited for a server
 
-    def __init__(
-        self, urls: Sequence[str], *, key: str = "", base: str = "", wanted: Sequence[str] = (),
-        places: int = PLACES, fallback: ChatEngine | None = None, limits: Limits,
-    ) -> None:  # fmt: skip
-        self.places, self.most, self.limits = places, places, limits
-        self._fallback, self._wanted = fallback, wanted
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # Redirects are not followed and certificates are checked: httpx's defaults.
+    def __init__(self, settings: Mapping[str, str], timeouts: Timeouts, fallback: ChatEngine | None = None) -> None:
+        self._timeouts, self._fallback = timeouts, fallback
+        self._wanted = settings.get("ENGINE_ADAPTERS", "").replace(",", " ").split()
+        self.num_slots = self.max_num_seqs = max_num_seqs(NUM_SLOTS, "ENGINE_", settings)
+        key, base = settings.get("ENGINE_KEY"), settings.get("ENGINE_BASE", "")
         client = httpx.AsyncClient(
-            headers=headers, timeout=httpx.Timeout(None, connect=limits.connect), limits=httpx.Limits()
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(None, connect=timeouts.connect),
+            limits=httpx.Limits(),  # none; redirects are not followed and certificates are checked, by default
         )
-        self.servers = [Server(url, client, limits, base) for url in urls]
-        self._looked = threading.Event()
-        threading.Thread(target=self._run, name="remote", daemon=True).start()
+        urls = settings["ENGINE_URL"].replace(",", " ").split()
+        self.servers = [Server(url, client, timeouts, base) for url in urls]
+        polled: Future[BlockingPortal] = Future()
+        threading.Thread(target=anyio.run, args=(self._run, polled), name="remote", daemon=True).start()
+        self._portal = polled.result()
 
-    def _run(self) -> None:
-        with suppress(asyncio.CancelledError):  # by close
-            asyncio.run(self._watch())
+    async def _run(self, polled: "Future[BlockingPortal]") -> None:
+        """Poll every server again and again: one that is away, or back, or serves other adapters, is noticed."""
+        async with BlockingPortal() as portal:
+            while True:
+                async with anyio.create_task_group() as group:
+                    for server in self.servers:
+                        group.start_soon(server.poll)
+                if not polled.done():
+                    polled.set_result(portal)
+                await anyio.sleep(self._timeouts.poll)
 
-    async def _watch(self) -> None:
-        """Look at every server again and again: one that is away, or back, or serves other adapters, is noticed."""
-        self._loop, watch = asyncio.get_running_loop(), asyncio.current_task()
-        assert watch is not None
-        self._end = watch.cancel
-        while True:
-            await asyncio.gather(*(server.look() for server in self.servers))
-            self._looked.set()
-            await asyncio.sleep(self.limits.look)
-
-    def wait(self, seconds: float) -> None:
-        """Until a server answers. Raises ValueError or Unavailable when none does, or none with our prompt."""
+    def wait(self, seconds: float = 0) -> None:
+        """Wait so long for a server to answer. Raises ValueError when one is refused, Unavailable when none answers."""
         deadline = time.monotonic() + seconds
-        self._looked.wait()
-        while not any(server.up for server in self.servers) and time.monotonic() < deadline:
+        while seconds and not any(server.up for server in self.servers):
             if refused := [server.refused for server in self.servers if server.refused]:
                 raise ValueError(refused[0])
-            time.sleep(self.limits.look)
-        if seconds and not any(server.up for server in self.servers):
-            raise Unavailable("No engine answers. Start it, or correct ENGINE_URL.")
+            if time.monotonic() > deadline:
+                raise Unavailable("No engine answers. Start it, or correct ENGINE_URL.")
+            time.sleep(self._timeouts.poll)
 
     @property
     def base(self) -> str:
@@ -151,156 +105,90 @@ class RemoteEngine:
     def refused(self) -> list[str]:
         """Why some servers or adapters are not used."""
         missing = [name for name in self._wanted if name not in self.adapters]
-        return [
-            *(server.refused for server in self.servers if server.refused),
-            *(f"No engine serves the adapter {name} of ENGINE_ADAPTERS." for name in missing),
-        ]
+        refused = [server.refused for server in self.servers if server.refused]
+        return [*refused, *(f"No engine serves the adapter {name} of ENGINE_ADAPTERS." for name in missing)]
 
     def digest(self, adapter: str) -> str:
-        """The end of a versioned name, NAME-DIGEST; servers do not tell the digest of what they serve."""
-        found = VERSION.fullmatch(adapter)
+        """The end of an adapter published as NAME-DIGEST; servers do not tell the digest of what they serve."""
+        found = re.fullmatch(r".*-([0-9a-f]{8,12})", adapter)
         return found[1] if found else ""
 
     def stream(
-        self, turns: Sequence[Message], adapter: str, sampling: Sampling, cancel: threading.Event, go_on: bool = False
-    ) -> Iterator[Piece]:
-        """Answer the last turn, or with `go_on` continue it. Closing the iterator closes the connection.
+        self, messages: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event,
+        continue_final_message: bool = False,
+    ) -> Iterator[Chunk]:  # fmt: skip
+        """Generate a reply with each of the adapters, side by side. Closing the iterator closes the connections.
 
         Raises ValueError for an unknown adapter or a question refused, Busy when the servers stay full, Unavailable
         when none answers or one breaks off.
         """
-        for _, piece in self._speak(_Asked(turns, sampling, go_on), [adapter], cancel):
-            yield piece
-
-    def compare(
-        self, turns: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event
-    ) -> Iterator[tuple[int, Piece]]:
-        """Answer with several adapters side by side, a stream for each. Raises as `stream` does."""
-        return self._speak(_Asked(turns, sampling, False), adapters, cancel)
-
-    def _speak(self, asked: _Asked, adapters: Sequence[str], cancel: threading.Event) -> Iterator[tuple[int, Piece]]:
-        for adapter in adapters:
-            if adapter not in self.adapters:
-                raise ValueError(f"There is no adapter {adapter!r}; choose one of {', '.join(self.adapters)}.")
-        pieces: Pieces = queue.SimpleQueue()
-        replies = [_Said(adapter, row, pieces) for row, adapter in enumerate(adapters)]
+        check_adapters(adapters, self.adapters)
+        room = min(server.max_model_len for server in self.servers) - sampling.max_new_tokens
+        kept = fit(messages, min(PROMPT_BYTES, room))
+        dropped, chunks = len(messages) - len(kept), Chunks()
+        requests = [
+            Request(kept, name, sampling, continue_final_message, row, chunks) for row, name in enumerate(adapters)
+        ]
+        tasks = [self._portal.start_task_soon(self._generate, request) for request in requests]
+        ended = set()  # rows
         try:
-            yield from self._remotely(asked, replies, cancel)
+            for chunk in drain(chunks, tasks, dropped):
+                if chunk.usage:
+                    ended.add(chunk.row)
+                yield chunk
+                if cancel.is_set():
+                    break
+            for request in requests:
+                if request.row not in ended:
+                    yield Chunk("", request.row, replace(request.usage("cancelled"), dropped_messages=dropped))
+            return
         except Unavailable as error:
-            if not self._fallback or any(said.tokens for said in replies):
+            if not self._fallback or any(request.first_token for request in requests):
                 raise
             log.warning("%s The local base answers.", error)
-            yield from self._locally(self._fallback, asked, adapters, cancel)
-
-    def _remotely(self, asked: _Asked, replies: list[_Said], cancel: threading.Event) -> Iterator[tuple[int, Piece]]:
-        room = min(server.context for server in self.servers) - asked.sampling.max_new_tokens
-        kept = fit(asked.turns, min(PROMPT_BYTES, room))
-        work = asyncio.run_coroutine_threadsafe(self._all(replace(asked, turns=kept), replies), self._loop)
-        pieces = replies[0].pieces
-        work.add_done_callback(lambda _: pieces.put(None))
-        try:
-            yield from _heard(pieces, cancel)
-            costs = [said.cost("cancelled") for said in replies] if cancel.is_set() else work.result()
-            for row, cost in enumerate(costs):
-                yield row, Piece("", replace(cost, forgotten=len(asked.turns) - len(kept)))
-        finally:
-            work.cancel()
-
-    @staticmethod
-    def _locally(
-        local: ChatEngine, asked: _Asked, adapters: Sequence[str], cancel: threading.Event
-    ) -> Iterator[tuple[int, Piece]]:
-        worn = [name if name in local.adapters else local.adapters[0] for name in adapters]
-        if len(worn) > 1:
-            yield from local.compare(asked.turns, worn, asked.sampling, cancel)
-            return
-        for piece in local.stream(asked.turns, worn[0], asked.sampling, cancel, asked.go_on):
-            yield 0, piece
-
-    async def _all(self, asked: _Asked, replies: list[_Said]) -> list[Cost]:
-        tasks = [asyncio.ensure_future(self._reply(asked, said)) for said in replies]
-        try:
-            return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
+        local = self._fallback
+        served = [name if name in local.adapters else local.adapters[0] for name in adapters]
+        yield from local.stream(messages, served, sampling, cancel, continue_final_message)
 
-    async def _reply(self, asked: _Asked, said: _Said) -> Cost:
+    async def _generate(self, request: Request) -> Usage:
         """A reply from the first server that gives one; after its first token no other is asked."""
-        deadline = time.monotonic() + self.limits.patience
-        for attempt in itertools.count():
-            failures: list[Exception] = []
-            able = [server for server in self.servers if server.up and said.adapter in server.models]
+        deadline, backoff = time.monotonic() + self._timeouts.retries, self._timeouts.backoff
+        while True:
+            failures: list[Busy | Unavailable] = []
+            able = [server for server in self.servers if server.up and request.adapter in server.models]
             for server in sorted(able, key=lambda server: server.running):
                 try:
-                    return await self._listen(server, asked, said)
+                    return await server.generate(request)
                 except (Busy, Unavailable) as error:
-                    if said.tokens:
+                    server.up = server.up and isinstance(error, Busy)  # until the next poll
+                    if request.first_token:
                         raise
                     log.warning(error)
                     failures.append(error)
-            await self._pause(said, failures, attempt, deadline)
-        raise AssertionError("attempts are endless")
-
-    async def _pause(self, said: _Said, failures: list[Exception], attempt: int, deadline: float) -> None:
-        """Wait before the next attempt, and say so. Raises why there is none when that would take too long."""
-        busy = next((error for error in failures if isinstance(error, Busy)), None)
-        wait = max(busy.seconds if busy else 0, min(self.limits.pause * 2**attempt, LONGEST_WAIT))
-        wait *= random.uniform(1, 1.5)  # so that those turned away together do not come back together
-        if time.monotonic() + wait > deadline or (self._fallback and not failures):
-            raise busy or Unavailable(f"No engine that serves {said.adapter} answers.")
-        said.pieces.put((said.row, Piece("", waiting=wait)))
-        await asyncio.sleep(wait)
-
-    async def _listen(self, server: Server, asked: _Asked, said: _Said) -> Cost:
-        stopped, counted = "", 0
-        server.running += 1
-        try:
-            with anyio.move_on_after(self.limits.whole) as whole:
-                request = server.request(said.adapter, asked.turns, asked.sampling, asked.go_on)
-                async with aclosing(server.reply(*request)) as heard:
-                    async for text, ended, tokens in heard:
-                        stopped, counted = ended or stopped, tokens or counted
-                        if text:
-                            said.add(text)
-        except Unavailable:
-            server.up = False  # until it is looked at again
-            raise
-        finally:
-            server.running -= 1
-        said.tokens = counted or said.tokens
-        if whole.cancelled_caught:
-            return said.cost("time")
-        return said.cost("length" if stopped == "length" else "end")
+            busy = next((error for error in failures if isinstance(error, Busy)), None)
+            # At random, so that those turned away together do not come back together.
+            seconds = max(busy.retry_after if busy else 0, backoff) * random.uniform(1, 1.5)
+            if time.monotonic() + seconds > deadline or (self._fallback and not failures):
+                raise busy or Unavailable(f"No engine that serves {request.adapter} answers.")
+            request.chunks.put(Chunk("", request.row, retry_after=seconds))
+            await anyio.sleep(seconds)
+            backoff = min(2 * backoff, LONGEST_BACKOFF)
 
     def close(self) -> None:
-        """End the engine's thread, and with it whatever is being said."""
-        self._loop.call_soon_threadsafe(self._end)
+        """End the engine's thread, and with it all replies."""
+        self._portal.call(self._portal.stop, True)
 
 
-def _heard(pieces: Pieces, cancel: threading.Event) -> Iterator[tuple[int, Piece]]:
-    """What is said, and while nothing is, an empty piece now and then: only at a piece can a visitor leave."""
-    while not cancel.is_set():
-        try:
-            spoken = pieces.get(timeout=BEAT)
-        except queue.Empty:
-            yield 0, Piece("")
-            continue
-        if spoken is None:
-            return
-        yield spoken
-
-
-def fit(turns: Sequence[Message], room: int) -> list[Message]:
-    """The newest turns, from a question on, whose prompt is at most `room` bytes; the last question always stays.
+def fit(messages: Sequence[Message], room: int) -> list[Message]:
+    """The newest messages, from a question on, whose prompt is at most `room` bytes; the last question always stays.
 
     Bytes are a bound that holds for every server without asking it: a byte-level tokenizer, as Qwen2.5's, never makes
     more tokens than there are bytes. A question that alone is too long is refused by the server.
     """
-    questions = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-    kept = list(turns[questions[-1] if questions else -1 :])
-    for start in reversed(questions[:-1]):
-        if len(chatml(turns[start:]).encode()) > room:
-            break
-        kept = list(turns[start:])
-    return kept
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"] or [-1]
+    while starts[1:] and len(chatml(messages[starts[-2] :]).encode()) <= room:
+        starts.pop()
+    return list(messages[starts[-1] :])

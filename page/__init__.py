@@ -1,1 +1,1 @@
-"""What the page says and does around an engine: replies, the line, the allowance, transcripts, its words and looks."""
+"""What the page says and does around an engine: the conversation, the service, the tabs, the page's texts and looks."""

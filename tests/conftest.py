@@ -17,7 +17,7 @@ TAUGHT = ROOT / "tests" / "data" / "tiny.jsonl"
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    """Two threads on two shared cores are slower than one."""
+    """On two shared cores two threads are slower than one."""
     import torch
 
     torch.set_num_threads(1)
@@ -25,7 +25,7 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _own_cache(request, tmp_path, monkeypatch):
-    """No test reads or fills the user's cache, but for those that need the real base."""
+    """No test reads or fills the user's cache, except those that need the real base."""
     if not request.node.get_closest_marker("real"):
         monkeypatch.setenv("CHAT_CACHE", str(tmp_path / "cache"))
     for name in ("MODEL_FOLDER", "MODEL_SOURCE", "HF_TOKEN", "ADAPTERS"):
@@ -34,7 +34,7 @@ def _own_cache(request, tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _own_modelscope(request, tmp_path, monkeypatch):
-    """No test asks the real ModelScope or reads the user's login, but for those that need the real base."""
+    """No test asks the real ModelScope or reads the user's login, except those that need the real base."""
     if not request.node.get_closest_marker("real"):
         monkeypatch.setattr("modelscope_hub.config._default_config", None)  # it remembers the settings it saw first
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
@@ -51,30 +51,31 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def located(tiny_base):
-    from chat.base import locate
+def checkpoint(tiny_base):
+    from chat.checkpoints import locate
 
     return locate(str(tiny_base))
 
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_base, tmp_path_factory):
-    """The tiny base as a GGUF, located as a base of that name: what llama.cpp opens."""
-    from chat.base import Base, File, Gguf, Located, read_config
-    from chat.fetch import digest
+    """The tiny base as a GGUF, with a Base of that name: what llama.cpp opens."""
+    from chat.bases import Base, File, Gguf
+    from chat.checkpoints import Checkpoint, read_json
+    from chat.download import digest
     from tests import tiny
 
     path = tiny.make_gguf(tiny_base, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-    config = read_config(tiny_base)
+    config = read_json(tiny_base / "config.json")
     gguf = Gguf(tiny_base.name, "local", (File(path.name, path.stat().st_size, digest(path)),))
-    return Located(Base(tiny_base.name, "local", 0, gguf, config), path, "a test")
+    return Checkpoint(Base(tiny_base.name, "local", 0, gguf, config), path, "a test")
 
 
 @pytest.fixture(scope="session")
-def tokenizer(located):
-    from chat.local import load_tokenizer
+def tokenizer(checkpoint):
+    from chat.base_model import load_tokenizer
 
-    return load_tokenizer(located)
+    return load_tokenizer(checkpoint)
 
 
 @pytest.fixture
@@ -82,13 +83,12 @@ def tiny_run(tiny_base, tmp_path):
     """A function that makes a Run of the tiny recipe in a fresh folder, with some fields changed."""
     from dataclasses import replace
 
-    from training.recipe import TINY
-    from training.run import Run
+    from training.recipe import TINY, Run
 
     def make(name="tiny", resume=False, push=None, push_modelscope=None, private=False, pr=False, **fields):
         recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), **fields)
-        asked = {"resume": resume, "push": push, "push_modelscope": push_modelscope, "private": private, "pr": pr}
-        return Run(recipe=recipe, output=tmp_path / name, work=tmp_path / f"{name}-work", **asked)
+        options = {"resume": resume, "push": push, "push_modelscope": push_modelscope, "private": private, "pr": pr}
+        return Run(recipe=recipe, output=tmp_path / name, work=tmp_path / f"{name}-work", **options)
 
     return make
 
@@ -98,11 +98,11 @@ def trained(tiny_base, tmp_path_factory):
     """The tiny adapter, trained by training.run as a user would train it."""
     from dataclasses import replace
 
-    from training.recipe import TINY
-    from training.run import Run, run
+    from training.pipeline import run
+    from training.recipe import TINY, Run
 
     folder = tmp_path_factory.mktemp("trained")
-    recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), held_out=0, probe_replies=0)
+    recipe = replace(TINY, base=str(tiny_base), dataset=(str(TAUGHT),), validation_rows=0, probe_replies=0)
     os.environ["CHAT_CACHE"] = str(folder / "cache")
     return run(Run(recipe=recipe, output=folder / "adapters" / "tiny", work=folder / "work"))
 

@@ -72,7 +72,8 @@ class _Files(Quiet):
             self.wfile.flush()
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
-        return self.answer(206 if start else 200, body[start:])
+        kind = "text/html" if self.path.endswith("/") else "application/octet-stream"
+        return self.answer(206 if start else 200, body[start:], Content_Type=kind)
 
     do_HEAD = do_GET  # noqa: N815 - the name http.server looks for
 

@@ -1,13 +1,14 @@
 """The gate: a trained adapter opens; every other folder is refused with one sentence and its remedy."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chat.adapter import CONFIG, RECIPE, WEIGHTS, Adapter, find, trainable
+from chat.adapter import CONFIG, RECIPE, WEIGHTS, Adapter, _expected_shapes, find
 from chat.local import LocalEngine
 
 
@@ -60,39 +61,41 @@ SPOILED = {
 }
 
 
-def test_a_trained_adapter_opens(trained, located):
-    assert Adapter.open(trained.folder, located) == trained
+def test_a_trained_adapter_opens(trained, checkpoint):
+    assert Adapter.open(trained.folder, checkpoint) == trained
 
 
-@pytest.mark.parametrize("said", SPOILED)
-def test_a_spoiled_adapter_is_refused(folder, located, said):
-    SPOILED[said](folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=said) as failure:
-        Adapter.open(folder, located)
+@pytest.mark.parametrize("message", SPOILED)
+def test_a_spoiled_adapter_is_refused(folder, checkpoint, message):
+    SPOILED[message](folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as failure:
+        Adapter.open(folder, checkpoint)
     assert "\n" not in str(failure.value) and str(failure.value).rstrip().endswith(".")
 
 
-def test_no_folder_is_refused(tmp_path, located):
+def test_no_folder_is_refused(tmp_path, checkpoint):
     with pytest.raises(FileNotFoundError, match=r"training\.run"):
-        Adapter.open(tmp_path / "nowhere", located)
+        Adapter.open(tmp_path / "nowhere", checkpoint)
 
 
-def test_an_adapter_that_changes_no_logits_is_refused(folder, located):
+def test_an_adapter_that_changes_no_logits_is_refused(folder, checkpoint):
     reweigh(folder, lambda w: {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in w.items()})
-    engine = LocalEngine(located, [Adapter.open(folder, located)])
+    engine = LocalEngine(checkpoint, [Adapter.open(folder, checkpoint)])
+    engine.wait()
     assert engine.adapters == ["base"] and "changes no logits. Train it again." in engine.refused[0]
 
 
-def test_infinite_logits_are_refused(folder, located):
+def test_infinite_logits_are_refused(folder, checkpoint):
     reweigh(folder, lambda w: {n: torch.full_like(t, 3e38) for n, t in w.items()})
-    engine = LocalEngine(located, [Adapter.open(folder, located)])
+    engine = LocalEngine(checkpoint, [Adapter.open(folder, checkpoint)])
+    engine.wait()
     assert engine.adapters == ["base"] and "not finite" in engine.refused[0]
 
 
-def test_find_opens_the_good_and_names_the_bad(trained, folder, located):
+def test_find_opens_the_good_and_names_the_bad(trained, folder, checkpoint):
     shutil.copytree(trained.folder, folder.parent / "good")
     edit(folder / RECIPE, system_prompt="你是狗")
-    opened, refused = find(located, folder.parent)
+    opened, refused = find(checkpoint, folder.parent)
     assert [adapter.name for adapter in opened] == ["good"] and len(refused) == 1
 
 
@@ -101,7 +104,7 @@ def test_the_reference_recipe_has_20_185_088_parameters():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from training.recipe import HUANHUAN
-    from training.trainer import attach, trained_parameters
+    from training.trainer import attach
 
     config = Qwen2Config(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
@@ -109,5 +112,7 @@ def test_the_reference_recipe_has_20_185_088_parameters():
     )  # fmt: skip
     with init_empty_weights():
         model = attach(Qwen2ForCausalLM(config), HUANHUAN)
-    assert trained_parameters(model) == 20_185_088 == trainable(8, config.to_dict())
+    shapes = _expected_shapes(8, config.to_dict(), dora=False).values()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 20_185_088 == sum(map(math.prod, shapes))
     assert sum(p.numel() for p in model.parameters()) == 7_635_801_600

@@ -13,10 +13,10 @@ from gradio_client.exceptions import AppError
 
 import app
 from chat import persona
-from chat.engine import BASE_ONLY, MAX_CHARACTERS, Awaited, ScriptedEngine
-from chat.local import LocalEngine
-from page import reply
+from chat.engine import MAX_CHARACTERS, MAX_TURNS, Usage
+from page import chat_tab, conversation, service
 from tests.conftest import ROOT
+from tests.fake_engine import FakeEngine
 
 
 @pytest.fixture
@@ -35,8 +35,10 @@ def serve():
         page.close()
 
 
-def test_a_visitor_asks_and_the_trained_adapter_answers(serve, trained, located):
-    client = serve(LocalEngine(located, [trained]))
+def test_a_visitor_asks_and_the_trained_adapter_answers(serve, trained, checkpoint):
+    from chat.local import LocalEngine
+
+    client = serve(LocalEngine(checkpoint, [trained]))
     job = client.submit("你是谁？", temperature=0, repetition_penalty=1, api_name="/chat")
     text, status = job.result(timeout=60)
     assert text == "臣妾明白。"
@@ -46,65 +48,62 @@ def test_a_visitor_asks_and_the_trained_adapter_answers(serve, trained, located)
 
 
 def test_a_conversation_is_remembered(serve):
-    engine = ScriptedEngine("早安。", "臣妾明白。")
+    engine = FakeEngine("早安。", "臣妾明白。")
     client = serve(engine)
     for question in ("早", "你是谁？"):
         client.predict(question, api_name="/chat")
-    assert [m["content"] for m in engine.heard[1][0]] == ["早", "早安。", "你是谁？"]
+    assert [m["content"] for m in engine.asked[1][0]] == ["早", "早安。", "你是谁？"]
 
 
 @pytest.mark.parametrize(
     ("message", "line"), [("  ", persona.SILENT), ("长" * (MAX_CHARACTERS + 1), persona.LONG_WINDED)]
 )
 def test_an_empty_or_endless_message_gets_a_line_and_a_hint(serve, message, line):
-    engine = ScriptedEngine("不该说")
+    engine = FakeEngine("不该说")
     text, _ = serve(engine).predict(message, api_name="/chat")
-    assert text.startswith(f"{line}{reply.ASIDE}") and not engine.heard
+    assert text.startswith(f"{line}{conversation.HINT}") and not engine.asked
 
 
 def test_the_page_is_open_while_the_model_is_loaded_and_the_first_question_waits_for_it(serve):
-    loaded = threading.Event()
-    engine = Awaited("small", ["her"], lambda: loaded.wait(30) and ScriptedEngine("臣妾明白。"))
-    client = serve(engine)
-    assert (engine.ready, engine.base, engine.adapters) == (False, "small", ["her", BASE_ONLY])
-    job = client.submit("你是谁？", adapter="her", api_name="/chat")
+    engine = FakeEngine("臣妾明白。")
+    engine.ready = False
+    job = serve(engine).submit("你是谁？", api_name="/chat")
     waiting, _ = next(iter(job))
-    assert waiting.startswith(persona.DRESSING) and "loaded" in waiting
-    loaded.set()
+    assert waiting.startswith(persona.DRESSING) and "loaded" in waiting and not engine.asked
+    engine.ready = True
     assert job.result(timeout=20)[0] == "臣妾明白。"
-    assert (engine.ready, engine.base) == (True, "scripted")
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_page_with_a_sentence(monkeypatch, capsys):
+def test_a_model_that_cannot_be_loaded_ends_the_page_with_a_sentence(monkeypatch):
     launched = threading.Event()
 
-    def make():
-        launched.wait(30)
-        raise OSError("the shard is damaged; fetch it again")
+    class Damaged(FakeEngine):
+        def wait(self):
+            assert launched.wait(30), "the page is opened first"
+            raise OSError("the shard is damaged; fetch it again")
 
     monkeypatch.setattr("gradio.Blocks.launch", lambda *_, **__: launched.set())
-    engine = Awaited("small", [], make)
-    monkeypatch.setattr("chat.load_here", lambda *_: engine)
+    monkeypatch.setattr("app.load", lambda *_: Damaged())
     monkeypatch.setattr(sys, "argv", ["app.py", "--host", "127.0.0.1"])
     with pytest.raises(SystemExit, match="cannot start: the shard is damaged; fetch it again"):
         app.main()
 
 
 def test_a_failure_becomes_a_line_and_the_next_question_is_answered(serve):
-    client = serve(ScriptedEngine(RuntimeError("/secret/path exploded"), "臣妾明白。"))
+    client = serve(FakeEngine(RuntimeError("/secret/path exploded"), "臣妾明白。"))
     text, _ = client.predict("你是谁？", api_name="/chat")
     assert text.startswith(persona.UNWELL) and "重试" in text and "secret" not in text
     assert client.predict("你是谁？", api_name="/chat")[0] == "臣妾明白。"
 
 
 def test_forged_values_are_refused_and_forged_adapters_never_reach_the_engine(serve):
-    engine = ScriptedEngine("好")
+    engine = FakeEngine("好")
     client = serve(engine)
     for forged in ({"temperature": 99}, {"adapter": "../../etc"}, {"max_new_tokens": 10**6}, {"top_k": 0}):
         with pytest.raises(AppError) as refused:
             client.predict("你是谁？", api_name="/chat", **forged)
         assert "Traceback" not in str(refused.value)
-    assert not engine.heard
+    assert not engine.asked
 
 
 def test_a_forged_history_is_sanitised():
@@ -115,21 +114,21 @@ def test_a_forged_history_is_sanitised():
             "role": "user",
             "content": [{"type": "text", "text": "早"}, {"type": "file", "file": {"path": "/etc/passwd"}}],
         },
-        {"role": "assistant", "content": f"早安。{reply.ASIDE}提示〕"},
+        {"role": "assistant", "content": f"早安。{conversation.HINT}提示〕"},
         {"role": "tool", "content": "好"},
         {"role": "user", "content": "长" * 10**6},
         {"role": "assistant", "content": None},
     ]
-    turns = reply.read_history(history)
-    assert [(m["role"], m["content"][:5]) for m in turns] == [
+    messages = conversation.read_history(history)
+    assert [(m["role"], m["content"][:5]) for m in messages] == [
         ("user", "早"), ("assistant", "早安。"), ("user", "长长长长长"),
     ]  # fmt: skip
-    assert len(turns[2]["content"]) == 2 * MAX_CHARACTERS
-    assert len(reply.read_history([{"role": "user", "content": "早"}] * 10_000)) == reply.MAX_TURNS
+    assert len(messages[2]["content"]) == 2 * MAX_CHARACTERS
+    assert len(conversation.read_history([{"role": "user", "content": "早"}] * 10_000)) == MAX_TURNS
 
 
 def test_the_page_and_the_api_share_one_queue(serve):
-    engine = ScriptedEngine("慢慢说来", pause=0.1)
+    engine = FakeEngine("慢慢说来", pause=0.1)
     first = serve(engine)
     second = Client(first.src, verbose=False)
     jobs = [client.submit("早", api_name="/chat") for client in (first, second, first)]
@@ -137,14 +136,16 @@ def test_the_page_and_the_api_share_one_queue(serve):
     assert engine.peak == 1
 
 
-def test_every_way_to_ask_waits_in_the_same_line():
-    streaming = [event for event in app.build_page(ScriptedEngine("好")).fns.values() if event.types_generator]
+def test_every_way_to_ask_waits_in_the_same_queue():
+    streaming = [event for event in app.build_page(FakeEngine("好")).fns.values() if event.types_generator]
     assert len(streaming) > 1
-    assert {(event.concurrency_id, event.concurrency_limit) for event in streaming} == {("reply", 2 * reply.WAITING)}
+    assert {(event.concurrency_id, event.concurrency_limit) for event in streaming} == {
+        ("reply", 2 * service.MAX_WAITING)
+    }
 
 
 def test_cancelling_frees_the_engine(serve):
-    engine = ScriptedEngine("长" * 200, pause=0.05)
+    engine = FakeEngine("长" * 200, pause=0.05)
     client = serve(engine)
     job = client.submit("早", api_name="/chat")
     while not engine.running:
@@ -158,7 +159,7 @@ def test_cancelling_frees_the_engine(serve):
 
 @pytest.mark.parametrize("path", ["/gradio_api/upload", "/monitoring", "/gradio_api/runs"])
 def test_doors_that_gradio_leaves_open_are_closed(serve, path):
-    url = serve(ScriptedEngine("好")).src.rstrip("/") + path
+    url = serve(FakeEngine("好")).src.rstrip("/") + path
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + b"a" * 999 + b"\r\n--x--\r\n"
     request = urllib.request.Request(url, body if "upload" in path else None)
     request.add_header("Content-Type", "multipart/form-data; boundary=x")
@@ -168,40 +169,39 @@ def test_doors_that_gradio_leaves_open_are_closed(serve, path):
 
 
 def test_every_streaming_event_reopens_the_box_when_it_fails():
-    page = app.build_page(ScriptedEngine("好"))
+    page = app.build_page(FakeEngine("好"))
     streaming = [event._id for event in page.fns.values() if event.types_generator]
     rescued = {event.trigger_after for event in page.fns.values() if event.trigger_only_on_failure}
     assert streaming and set(streaming) <= rescued
 
 
 def test_the_page_says_when_there_is_no_adapter():
-    engine = ScriptedEngine("好")
+    engine = FakeEngine("好")
     engine.adapters = ("base",)
-    assert "尚无适配器" in reply.about(engine)
+    assert "尚无适配器" in chat_tab.about(engine)
 
 
 def test_the_page_says_that_an_adapter_is_gone_and_not_where_it_was():
-    engine = ScriptedEngine("好")
-    assert "打不开" not in reply.about(engine)
+    engine = FakeEngine("好")
+    assert "打不开" not in chat_tab.about(engine)
     engine.refused = ("/home/somebody/x is no folder.",)
-    assert "有 1 个适配器打不开" in reply.about(engine) and "somebody" not in reply.about(engine)
+    assert "有 1 个适配器打不开" in chat_tab.about(engine) and "somebody" not in chat_tab.about(engine)
 
 
-def test_notes_on_length_and_forgotten_turns_are_plain_and_cut_from_the_history():
-    from chat.engine import Cost
-
-    said = reply.Spoken("臣妾", reply._aside(Cost("length", 5, 0.1, 1, forgotten=4))).text
+def test_notes_on_length_and_dropped_messages_are_plain_and_cut_from_the_history():
+    usage = Usage("length", 5, 0.1, 1, dropped_messages=4)
+    said = service.Reply("臣妾", service._final_hint(usage)).shown
     assert "接着说" in said and "4 句" in said
-    assert reply.read_history([{"role": "user", "content": "早"}, {"role": "assistant", "content": said}])[1] == {
-        "role": "assistant", "content": "臣妾",
-    }  # fmt: skip
+    history = [{"role": "user", "content": "早"}, {"role": "assistant", "content": said}]
+    assert conversation.read_history(history)[1] == {"role": "assistant", "content": "臣妾"}
 
 
 MCP_PAGE = """
 import app
-from chat.engine import ScriptedEngine
-page = app.build_page(ScriptedEngine("臣妾甄嬛。"))
-app.hide_chat_from_tools(page)
+from page import gradio_internals
+from tests.fake_engine import FakeEngine
+page = app.build_page(FakeEngine("臣妾甄嬛。"))
+gradio_internals.hide_chat_from_tools(page)
 _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, mcp_server=True, **app.LAUNCH)
 print("at", url, flush=True)
 page.block_thread()
@@ -240,7 +240,7 @@ def test_a_share_link_that_cannot_be_had_leaves_the_page_open_here(monkeypatch, 
         raise RuntimeError("no tunnel")
 
     monkeypatch.setattr("gradio.networking.setup_tunnel", unreachable)
-    page = app.build_page(ScriptedEngine("好"))
+    page = app.build_page(FakeEngine("好"))
     _, url, shared = page.launch(prevent_thread_lock=True, share=True, **app.LAUNCH)
     try:
         assert shared is None and "Could not create share link" in capsys.readouterr().out
@@ -250,8 +250,8 @@ def test_a_share_link_that_cannot_be_had_leaves_the_page_open_here(monkeypatch, 
 
 
 def test_every_answer_carries_the_policy_that_keeps_it_to_its_origin(serve):
-    from page.guard import HEADERS
+    from page.headers import HEADERS
 
-    with urllib.request.urlopen(serve(ScriptedEngine("好")).src, timeout=10) as answer:
+    with urllib.request.urlopen(serve(FakeEngine("好")).src, timeout=10) as answer:
         assert {name: answer.headers[name] for name in HEADERS} == HEADERS
     assert "img-src 'self' data: blob:" in HEADERS["Content-Security-Policy"]

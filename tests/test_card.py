@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from chat.adapter import CARD, CONFIG, FIGURE, MARKERS, METRICS, RADAR, RECIPE, REPORT, ROOT, WEIGHTS
-from chat.base import SEVEN_B, SMALL
-from training import card, data, plots, report
-from training.recipe import MEDIUM, POCKET
-from training.run import _as_json, _recorded
+from chat.bases import SEVEN_B, SMALL
+from training import data
+from training.evaluate import card, plots, report
+from training.recipe import MEDIUM, POCKET, Recipe
 
 SHIPPED = [pytest.param(recipe, id=recipe.name) for recipe in (POCKET, MEDIUM)]
 
@@ -179,7 +179,7 @@ def test_the_ledger_has_a_line_for_each_adapter(folder):
 @pytest.mark.parametrize("recipe", SHIPPED)
 def test_what_is_shipped_was_made_by_the_recipe_that_stands(recipe):
     folder = ROOT / recipe.name
-    assert _recorded(folder / RECIPE) == _as_json(recipe)
+    assert Recipe.read(folder / RECIPE) == recipe
     assert (folder / WEIGHTS).stat().st_size < 10_000_000
     assert (ROOT / "README.md").read_text(encoding="utf-8") == card.ledger(ROOT)
 

@@ -47,7 +47,7 @@ MESSAGES = {
 def test_three_formats_give_the_same_examples(tmp_path, row, name):
     first, last = load([write(tmp_path, [row], name)])
     assert (first.question, first.answer) == ("早", "早安。")
-    assert [m["content"] for m in last.turns] == ["早", "早安。", "你是谁？"] and last.answer == "臣妾。"
+    assert [m["content"] for m in last.messages] == ["早", "早安。", "你是谁？"] and last.answer == "臣妾。"
 
 
 GOOD = {"instruction": "你是谁？", "output": "臣妾。"}
@@ -56,9 +56,9 @@ GOOD = {"instruction": "你是谁？", "output": "臣妾。"}
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"instruction": "早", "output": ""}, "row 2: a turn of the assistant is empty"),
-        ({"messages": [{"role": "user", "content": "早"}]}, "row 2: turns must alternate"),
-        ({"messages": [{"role": "robot", "content": "早"}]}, "row 2: a turn needs 'role'"),
+        ({"instruction": "早", "output": ""}, "row 2: a message of the assistant is empty"),
+        ({"messages": [{"role": "user", "content": "早"}]}, "row 2: messages must alternate"),
+        ({"messages": [{"role": "robot", "content": "早"}]}, "row 2: a message needs 'role'"),
         ({"question": "早"}, "row 2 has"),
         ({"instruction": "早", "output": "早。", "system": "你是狗"}, "row 2 brings a system prompt"),
         ("[1, 2]", "row 2 is no JSON object"),
@@ -123,3 +123,16 @@ def test_the_full_set_is_fetched_once_and_checked(tmp_path, monkeypatch, file_se
     monkeypatch.setattr(data, "FULL_SHA256", file_server.sha256(body))
     assert load(["huanhuan"])[0].answer == load(["huanhuan"])[0].answer == "臣妾。"
     assert len(file_server.asked) == 1
+
+
+def test_a_row_may_hold_any_character_and_blank_lines_are_none(tmp_path):
+    texts = ["甲\u2028乙", "丙\x85丁"]
+    lines = [json.dumps({"instruction": text, "output": "臣妾。"}, ensure_ascii=False) for text in texts]
+    (tmp_path / "rows.json").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    assert [(e.question, e.row) for e in load([str(tmp_path / "rows.json")])] == [(texts[0], 1), (texts[1], 2)]
+
+
+def test_an_array_that_is_broken_is_named_by_its_file(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"instruction": "早"', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.json is not JSON"):
+        load([str(tmp_path / "rows.json")])

@@ -8,18 +8,18 @@ import sys
 import pytest
 
 from chat.persona import SCENES
+from dataset import check
+from dataset.check import FACTS, NOT_HERS, NOT_YET, contradictions, faults, read, runs, runs_of_the_set
 from tests.conftest import ROOT
-from training import data, datacard
-from training.canon import FACTS, NOT_HERS, NOT_YET, contradictions
-from training.dialogues import faults, read, runs, runs_of_the_set
+from training import data
 
 
 def write(folder, *rows, **fields):
-    """A file of dialogues, each given as the turns in order."""
+    """A file of dialogues, each given as the messages in order."""
     path = folder / "own.jsonl"
     roles = ("user", "assistant")
-    said = [[{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)] for turns in rows]
-    lines = [json.dumps({**fields, "messages": turns}, ensure_ascii=False) for turns in said]
+    said = [[{"role": roles[n % 2], "content": text} for n, text in enumerate(messages)] for messages in rows]
+    lines = [json.dumps({**fields, "messages": messages}, ensure_ascii=False) for messages in said]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -56,16 +56,16 @@ def test_a_row_is_held_to_the_rules_of_voice_and_originality(tmp_path, rows, sai
 
 
 @pytest.mark.parametrize(
-    ("turns", "fields", "said"),
+    ("messages", "fields", "said"),
     [
-        (("早",), {}, "row 1: turns must alternate"),
+        (("早",), {}, "row 1: messages must alternate"),
         (("早", "早。"), {"scene": "月宫"}, "row 1: There is no scene '月宫'"),
         (("早", "早。"), {"scene": "太后", "visitor": "皇上"}, "row 1: 皇上 does not come to her in 太后"),
     ],
 )
-def test_a_row_of_wrong_form_is_refused(tmp_path, turns, fields, said):
+def test_a_row_of_wrong_form_is_refused(tmp_path, messages, fields, said):
     with pytest.raises(ValueError, match=said):
-        read(write(tmp_path, turns, **fields))
+        read(write(tmp_path, messages, **fields))
 
 
 def test_a_row_of_another_format_is_refused(tmp_path):
@@ -151,17 +151,15 @@ def test_the_facts_stand_in_the_canon_and_its_scenes_are_the_persona_s():
 
 
 def test_the_command_names_file_and_row_and_ends_with_counts(tmp_path, monkeypatch, file_server, caplog):
-    from training import dialogues
-
-    caplog.set_level("INFO", "training.dialogues")
+    caplog.set_level("INFO", "dataset.check")
     body = json.dumps([{"instruction": "早", "output": "臣妾做不到啊，皇上。"}]).encode()
     monkeypatch.setattr(data, "FULL_FILE", tmp_path / "set" / "huanhuan.json")
     monkeypatch.setattr(data, "FULL_SET", file_server.serve("huanhuan.json", body))
     monkeypatch.setattr(data, "FULL_SHA256", file_server.sha256(body))
     for reply, status, said in [("早安。", 0, "0 faults"), ("臣妾做不到啊皇上", 1, "1 faults")]:
-        monkeypatch.setattr(sys, "argv", ["dialogues", str(write(tmp_path, ("早", reply)))])
+        monkeypatch.setattr(sys, "argv", ["check", str(write(tmp_path, ("早", reply)))])
         with pytest.raises(SystemExit) as end:
-            dialogues.main()
+            check.main()
         assert end.value.code == status
         *faulty, counts = caplog.messages
         caplog.clear()
@@ -170,10 +168,9 @@ def test_the_command_names_file_and_row_and_ends_with_counts(tmp_path, monkeypat
 
 
 def test_help_answers_without_torch():
-    for module in ("training.dialogues", "training.datacard"):
-        command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
-        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert asked.returncode == 0 and not re.search(r"\| +torch$", asked.stderr, re.M)
+    command = [sys.executable, "-X", "importtime", "-m", "dataset.check", "--help"]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert asked.returncode == 0 and not re.search(r"\| +torch$", asked.stderr, re.M)
 
 
 @pytest.fixture(scope="module")
@@ -188,17 +185,17 @@ def test_our_own_dialogues_hold_to_the_rules(own):
 
 
 def test_the_card_counts_what_is_there(own):
-    card = datacard.CARD.read_text(encoding="utf-8")
-    assert datacard.filled(card, datacard.table(own)) == card, "Run python -m training.datacard."
-    assert all(f"| `{path.relative_to(datacard.FOLDER)}` | " in card.split("<!-- counts -->")[0] for path in own)
+    card = check.CARD.read_text(encoding="utf-8")
+    assert check.filled(card, check.table(own)) == card, "Run python -m dataset.check --card."
+    assert all(f"| `{path.relative_to(check.FOLDER)}` | " in card.split("<!-- counts -->")[0] for path in own)
 
 
 def test_a_card_without_a_place_for_counts_is_refused():
     with pytest.raises(ValueError, match=r"lost the lines around its counts"):
-        datacard.filled("# A card", "")
+        check.filled("# A card", "")
 
 
 def test_the_figure_is_drawn(tmp_path):
     path = write(tmp_path, ("早", "早。"), ("早", "早。", "晚", "晚。", "安", "安。"))
-    datacard.draw({path: read(path)}, tmp_path / "lengths.png")
+    check.draw({path: read(path)}, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")

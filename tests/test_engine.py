@@ -1,4 +1,4 @@
-"""The engines: sampling that refuses forged values, and the local engine on the tiny adapter."""
+"""Both engines of this machine on the tiny adapter, and sampling that refuses forged values."""
 
 import shutil
 import threading
@@ -7,42 +7,46 @@ import time
 import pytest
 from safetensors.torch import load_file, save_file
 
+import chat.base_model
 import chat.local
 import chat.prompt
 from chat.adapter import WEIGHTS, Adapter
-from chat.engine import BASE_ONLY, Sampling, ScriptedEngine
+from chat.engine import BASE_ONLY, max_num_seqs
 from chat.llama import LlamaEngine
 from chat.local import LocalEngine
+from chat.sampling import Sampling
+from tests.fake_engine import FakeEngine
 
 ASK = [{"role": "user", "content": "你是谁？"}]
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
 
 @pytest.fixture(scope="module", params=["llama", "transformers"])
-def engine(request, trained, located, tiny_gguf):
-    if request.param == "llama":
-        return LlamaEngine(tiny_gguf, [trained], num_slots=2)
-    return LocalEngine(located, [trained])
+def engine(request, trained, checkpoint, tiny_gguf):
+    llama = request.param == "llama"
+    engine = LlamaEngine(tiny_gguf, [trained], max_num_seqs=2) if llama else LocalEngine(checkpoint, [trained])
+    engine.wait()
+    return engine
 
 
-def say(engine, turns=ASK, adapter="tiny", sampling=GREEDY, cancel=None):
-    pieces = list(engine.stream(turns, adapter, sampling, cancel or threading.Event()))
-    return "".join(piece.text for piece in pieces), pieces[-1].cost
+def say(engine, messages=ASK, adapter="tiny", sampling=GREEDY, cancel=None):
+    chunks = list(engine.stream(messages, [adapter], sampling, cancel or threading.Event()))
+    return "".join(chunk.text for chunk in chunks), chunks[-1].usage
 
 
 def test_the_served_adapter_says_what_it_was_taught(engine):
-    text, cost = say(engine)
-    assert text == "臣妾明白。" and cost.stopped == "end"
-    assert cost.tokens == len(text.encode()) + 1 and 0 < cost.first_token <= cost.seconds
+    text, usage = say(engine)
+    assert text == "臣妾明白。" and usage.finish_reason == "stop"
+    assert usage.tokens == len(text.encode()) + 1 and 0 < usage.first_token <= usage.seconds
 
 
 def test_the_base_alone_says_something_else_and_the_adapter_comes_back(engine):
     assert say(engine, adapter=BASE_ONLY)[0] != "臣妾明白。" == say(engine)[0]
 
 
-def test_text_comes_piece_by_piece(engine):
-    pieces = [piece.text for piece in engine.stream(ASK, "tiny", GREEDY, threading.Event())]
-    assert pieces == [*"臣妾明白。", ""]
+def test_text_comes_chunk_by_chunk(engine):
+    chunks = list(engine.stream(ASK, ["tiny"], GREEDY, threading.Event()))
+    assert [chunk.text for chunk in chunks if chunk.text] == [*"臣妾明白。"] and chunks[-1].text == ""
 
 
 def test_a_seed_repeats_a_reply(engine):
@@ -51,14 +55,15 @@ def test_a_seed_repeats_a_reply(engine):
 
 
 def test_a_reply_ends_at_the_length_asked_for(engine):
-    _, cost = say(engine, sampling=Sampling(temperature=0, max_new_tokens=4))
-    assert (cost.tokens, cost.stopped) == (4, "length")
+    _, usage = say(engine, sampling=Sampling(temperature=0, max_new_tokens=4))
+    assert (usage.tokens, usage.finish_reason) == (4, "length")
 
 
 @pytest.fixture
 def endless(engine, monkeypatch):
     """The engine with terminators it never draws, so that a reply only ends when stopped."""
-    monkeypatch.setattr("chat.local.ends", lambda tokenizer: [0, 0])
+    for module in ("base_model", "token_streamer"):
+        monkeypatch.setattr(f"chat.{module}.ends", lambda tokenizer: [0, 0])
     if isinstance(engine, LlamaEngine):
         body = engine._body
         monkeypatch.setattr(engine, "_body", lambda *given: {**body(*given), "ignore_eos": True})
@@ -66,8 +71,9 @@ def endless(engine, monkeypatch):
 
 
 def test_closing_the_stream_stops_the_model_within_a_token(endless):
-    stream = endless.stream(ASK, BASE_ONLY, Sampling(max_new_tokens=512), threading.Event())
-    next(stream)
+    stream = endless.stream(ASK, [BASE_ONLY], Sampling(max_new_tokens=512), threading.Event())
+    while not next(stream).text:
+        pass
     stream.close()
     began = time.perf_counter()
     say(endless, sampling=Sampling(max_new_tokens=1))  # waits for the inference thread
@@ -76,11 +82,11 @@ def test_closing_the_stream_stops_the_model_within_a_token(endless):
 
 def test_cancelling_stops_the_model_and_says_so(endless):
     cancel, seen = threading.Event(), []
-    for piece in endless.stream(ASK, BASE_ONLY, Sampling(max_new_tokens=512), cancel):
-        seen.append(piece)
+    for chunk in endless.stream(ASK, [BASE_ONLY], Sampling(max_new_tokens=512), cancel):
+        seen.append(chunk)
         cancel.set()
-    # The tiny model says a token in 0.1 ms, so that some are under way when the first one is heard.
-    assert seen[-1].cost.stopped == "cancelled" and len(seen) < 100
+    # The tiny model takes 0.1 ms a token, so that some are under way when the first chunk comes.
+    assert seen[-1].usage.finish_reason == "cancelled" and len(seen) < 100
 
 
 def test_a_failure_of_the_model_reaches_the_caller_and_the_engine_lives(engine, monkeypatch):
@@ -94,18 +100,18 @@ def test_a_failure_of_the_model_reaches_the_caller_and_the_engine_lives(engine, 
     assert say(engine)[0] == "臣妾明白。"
 
 
-def test_two_callers_at_once_each_get_their_own_voice(engine):
-    alone, heard = say(engine, adapter=BASE_ONLY)[0], {}
+def test_callers_at_once_each_get_the_reply_of_their_own_adapter(engine):
+    alone, texts = say(engine, adapter=BASE_ONLY)[0], {}
 
     def ask(name, adapter):
-        heard[name] = say(engine, adapter=adapter)[0]
+        texts[name] = say(engine, adapter=adapter)[0]
 
     threads = [threading.Thread(target=ask, args=(n, ("tiny", BASE_ONLY)[n % 2])) for n in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert heard == {n: ("臣妾明白。", alone)[n % 2] for n in range(6)}
+    assert texts == {n: ("臣妾明白。", alone)[n % 2] for n in range(6)}
 
 
 def test_an_unknown_adapter_is_refused_with_the_choice(engine):
@@ -115,39 +121,41 @@ def test_an_unknown_adapter_is_refused_with_the_choice(engine):
 
 def test_a_long_history_is_trimmed_and_counted(engine):
     history = [{"role": r, "content": "说" * 90} for _ in range(6) for r in ("user", "assistant")]
-    _, cost = say(engine, [*history, *ASK])
-    assert cost.forgotten > 0 and cost.forgotten % 2 == 0
+    _, usage = say(engine, [*history, *ASK])
+    assert usage.dropped_messages > 0 and usage.dropped_messages % 2 == 0
 
 
-def test_two_adapters_load_side_by_side_and_each_has_its_own_voice(trained, located, tmp_path):
+def test_two_adapters_load_side_by_side_and_each_gives_its_own_reply(trained, checkpoint, tmp_path):
     folder = shutil.copytree(trained.folder, tmp_path / "other")
     weights = load_file(folder / WEIGHTS)
     save_file({name: -w if "lora_B" in name else w for name, w in weights.items()}, folder / WEIGHTS)
-    other = Adapter.open(folder, located)
-    both, alone = LocalEngine(located, [trained, other]), LocalEngine(located, [other])
+    other = Adapter.open(folder, checkpoint)
+    both, alone = LocalEngine(checkpoint, [trained, other]), LocalEngine(checkpoint, [other])
+    both.wait()
     assert both.adapters == ["tiny", "other", BASE_ONLY]
-    heard = {name: say(both, adapter=name)[0] for name in ("other", "tiny", "other")}
-    assert heard == {"tiny": "臣妾明白。", "other": say(alone, adapter="other")[0]}
+    texts = {name: say(both, adapter=name)[0] for name in ("other", "tiny", "other")}
+    assert texts == {"tiny": "臣妾明白。", "other": say(alone, adapter="other")[0]}
 
 
 def test_the_same_question_to_two_in_one_batch_gets_what_each_says_alone(engine):
-    heard, costs = {0: "", 1: ""}, {}
-    for row, piece in engine.compare(ASK, ["tiny", BASE_ONLY], GREEDY, threading.Event()):
-        heard[row] += piece.text
-        costs[row] = piece.cost or costs.get(row)
-    assert heard == {0: say(engine)[0], 1: say(engine, adapter=BASE_ONLY)[0]}
-    assert costs[0].stopped == "end" and costs[0].tokens == say(engine)[1].tokens
-    assert list(engine.compare(ASK, [BASE_ONLY, "tiny"], GREEDY, threading.Event()))[-1][1].cost.stopped == "end"
+    texts, usages = {0: "", 1: ""}, {}
+    for chunk in engine.stream(ASK, ["tiny", BASE_ONLY], GREEDY, threading.Event()):
+        texts[chunk.row] += chunk.text
+        usages[chunk.row] = chunk.usage or usages.get(chunk.row)
+    assert texts == {0: say(engine)[0], 1: say(engine, adapter=BASE_ONLY)[0]}
+    assert usages[0].finish_reason == "stop" and usages[0].tokens == say(engine)[1].tokens
+    other_way = list(engine.stream(ASK, [BASE_ONLY, "tiny"], GREEDY, threading.Event()))
+    assert {chunk.row: chunk.usage.finish_reason for chunk in other_way if chunk.usage}[1] == "stop"
 
 
 def test_a_turn_left_open_is_continued(engine):
     begun = [*ASK, {"role": "assistant", "content": "臣妾"}]
-    pieces = engine.stream(begun, "tiny", GREEDY, threading.Event(), go_on=True)
-    assert "".join(piece.text for piece in pieces) == "明白。"
+    chunks = engine.stream(begun, ["tiny"], GREEDY, threading.Event(), continue_final_message=True)
+    assert "".join(chunk.text for chunk in chunks) == "明白。"
 
 
 def test_an_adapter_is_named_by_its_digest(engine, trained):
-    from chat.fetch import digest
+    from chat.download import digest
 
     assert digest(trained.folder / WEIGHTS).startswith(engine.digest("tiny")) and len(engine.digest("tiny")) == 12
     assert engine.digest(BASE_ONLY) == ""
@@ -156,21 +164,21 @@ def test_an_adapter_is_named_by_its_digest(engine, trained):
 def test_a_forged_history_of_any_length_costs_no_more_than_one_that_fits(engine, monkeypatch):
     read = []
     ids = chat.prompt.prompt_ids
-    monkeypatch.setattr(
-        chat.prompt, "prompt_ids", lambda t, turns, go_on: read.append(len(str(turns))) or ids(t, turns)
-    )
+    measured = lambda t, messages, final: read.append(len(str(messages))) or ids(t, messages)  # noqa: E731
+    monkeypatch.setattr(chat.prompt, "prompt_ids", measured)
     history = [{"role": r, "content": "说" * 1600} for _ in range(100) for r in ("user", "assistant")]
     say(engine, [*history, *ASK])
     assert sum(read) < 10_000
 
 
-def test_on_zerogpu_adapters_are_tried_before_there_is_a_gpu(trained, located, monkeypatch):
+def test_on_zerogpu_adapters_are_tried_before_there_is_a_gpu(trained, checkpoint, monkeypatch):
     placed = []
     monkeypatch.setenv("SPACES_ZERO_GPU", "1")
-    monkeypatch.setattr(chat.local, "best_device", lambda: placed.append("asked") or "cpu")
-    tried = LocalEngine._unfit
-    monkeypatch.setattr(LocalEngine, "_unfit", lambda self, name: placed.append("tried") or tried(self, name))
-    assert LocalEngine(located, [trained]).adapters == ["tiny", BASE_ONLY]
+    for module in (chat.base_model, chat.local):
+        monkeypatch.setattr(module, "best_device", lambda: placed.append("asked") or "cpu")
+    tried = LocalEngine._fault
+    monkeypatch.setattr(LocalEngine, "_fault", lambda self, name: placed.append("tried") or tried(self, name))
+    assert LocalEngine(checkpoint, [trained]).adapters == ["tiny", BASE_ONLY]
     assert placed == ["asked", "tried", "asked"]  # for the dtype, then to move there
 
 
@@ -193,16 +201,16 @@ def test_a_forged_sampling_value_is_refused_by_name(forged):
 
 
 def test_the_defaults_are_those_of_qwen():
-    from chat.base import SAMPLING
+    from chat.bases import SAMPLING
 
     assert {name: getattr(Sampling(), name) for name in SAMPLING} == SAMPLING
 
 
-def test_the_scripted_engine_obeys_the_protocol():
-    engine = ScriptedEngine("好的", ValueError("坏"))
-    assert say(engine)[0] == "好的"
+def test_the_fake_engine_obeys_the_protocol():
+    engine = FakeEngine("好的", ValueError("坏"))
+    assert say(engine, adapter="scripted")[0] == "好的"
     with pytest.raises(ValueError, match="坏"):
-        say(engine)
+        say(engine, adapter="scripted")
 
 
 def test_the_terminal_chat_answers_line_by_line(monkeypatch, capsys):
@@ -210,7 +218,66 @@ def test_the_terminal_chat_answers_line_by_line(monkeypatch, capsys):
 
     lines = iter(["你是谁？", "再说", ""])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    engine = ScriptedEngine("臣妾明白。", ValueError("太长了。"))
+    engine = FakeEngine("臣妾明白。", ValueError("太长了。"))
     talk(engine, "scripted")
     assert "甄嬛：臣妾明白。" in (printed := capsys.readouterr().out) and "太长了。" in printed
-    assert [m["content"] for m in engine.heard[1][0]] == ["你是谁？", "臣妾明白。", "再说"]
+    assert [m["content"] for m in engine.asked[1][0]] == ["你是谁？", "臣妾明白。", "再说"]
+
+
+# Loading on the engine's own thread.
+
+
+@pytest.fixture(params=["llama", "transformers"])
+def slow(request, trained, checkpoint, tiny_gguf, monkeypatch):
+    """An engine of either kind that loads when the event is set, and the event."""
+    go = threading.Event()
+    engine = {"llama": LlamaEngine, "transformers": LocalEngine}[request.param]
+    load = engine._load
+    monkeypatch.setattr(engine, "_load", lambda *given: go.wait(30) and load(*given))
+    monkeypatch.setattr(chat.engine, "HEARTBEAT", 0.02)
+    yield engine(tiny_gguf if request.param == "llama" else checkpoint, [trained]), go
+    go.set()
+
+
+def test_an_engine_that_loads_tells_what_is_expected_and_a_reply_waits(slow, tiny_base):
+    engine, go = slow
+    assert not engine.ready and engine.adapters == ["tiny", BASE_ONLY] and tiny_base.name in engine.base
+    assert engine.num_slots == 1
+    stream = engine.stream(ASK, ["tiny"], GREEDY, threading.Event())
+    assert [next(stream).text for _ in range(3)] == ["", "", ""]  # a visitor can leave meanwhile
+    go.set()
+    assert "".join(chunk.text for chunk in stream) == "臣妾明白。"
+    engine.wait()
+    assert engine.ready and engine.num_slots == engine.max_num_seqs
+
+
+@pytest.mark.parametrize("kind", [LlamaEngine, LocalEngine])
+def test_a_failure_of_loading_is_raised_by_wait_and_by_every_reply(kind, checkpoint, monkeypatch):
+    monkeypatch.setattr(kind, "_load", lambda *_: 1 / 0)
+    engine = kind(checkpoint)
+    for ask in (engine.wait, lambda: say(engine, adapter=BASE_ONLY), lambda: say(engine, adapter=BASE_ONLY)):
+        with pytest.raises(ZeroDivisionError):
+            ask()
+    assert engine.ready
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 7),
+        ({"PLACES": "3"}, 3),
+        ({"PLACES": "3", "MAX_NUM_SEQS": "4"}, 4),
+        ({"MAX_NUM_SEQS": "", "PLACES": "5"}, 5),
+    ],
+)
+def test_max_num_seqs_may_still_be_called_places(settings, expected):
+    assert max_num_seqs(7, settings=settings) == expected
+    assert max_num_seqs(7, "ENGINE_", {f"ENGINE_{name}": value for name, value in settings.items()}) == expected
+    with pytest.raises(ValueError, match=r"MAX_NUM_SEQS is '0'\. Write a whole number from 1 on"):
+        max_num_seqs(7, settings={"MAX_NUM_SEQS": "0"})
+
+
+def test_a_slider_at_a_whole_number_gives_the_type_that_is_declared():
+    parameters = Sampling(repetition_penalty=1, temperature=1).parameters()
+    assert [type(parameters[name]) for name in ("repetition_penalty", "temperature", "top_k")] == [float, float, int]
+    assert set(parameters) == {*vars(Sampling())} - {"seed"}

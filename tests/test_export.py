@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from chat.adapter import CONFIG, ROOT, WEIGHTS
-from chat.base import SAMPLING, SEVEN_B, SMALL, File, Gguf
-from chat.engine import Sampling
-from chat.local import load_base
-from chat.persona import SYSTEM_PROMPT, converse
+from chat.base_model import load_base
+from chat.bases import SAMPLING, SEVEN_B, SMALL, File, Gguf
+from chat.persona import SYSTEM_PROMPT, with_system_prompt
+from chat.sampling import Sampling
 from training import export
 
 ASK = [{"role": "user", "content": "你是谁？"}]
@@ -76,7 +76,7 @@ def test_llama_cpp_answers_with_it_as_she_was_taught(asked, tiny_gguf, tmp_path)
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(tmp_path / "her.gguf"), 1.0)]
     params.n_ctx, params.n_parallel, params.cache_ram_mib, params.warmup, params.verbosity = 512, 1, 0, False, -1
     params.cpuparams.n_threads = 1
-    asking = {"messages": converse(ASK), "temperature": 0, "max_tokens": 40}
+    asking = {"messages": with_system_prompt(ASK), "temperature": 0, "max_tokens": 40}
     answer = xllamacpp.Server(params).handle_chat_completions(asking)
     assert answer["choices"][0]["message"]["content"] == "臣妾明白。", "what it was taught"
 
@@ -84,17 +84,17 @@ def test_llama_cpp_answers_with_it_as_she_was_taught(asked, tiny_gguf, tmp_path)
 def rendered(template, messages):
     """What Go's text/template makes of a template that knows one range over the messages and their two fields."""
     before, inner, after = re.fullmatch(r"(.*)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S).groups()
-    turns = [inner.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages]
-    return before + "".join(turns) + after
+    messages = [inner.replace("{{ .Role }}", m["role"]).replace("{{ .Content }}", m["content"]) for m in messages]
+    return before + "".join(messages) + after
 
 
 def test_the_modelfile_says_prompt_template_and_sampling(asked, tokenizer, tmp_path):
     asked("--gguf", tmp_path / "her.gguf", folder=ROOT / "pocket", base=None)
     text = (tmp_path / export.MODELFILE).read_text(encoding="utf-8")
-    for turns in (ASK, TALK):
+    for messages in (ASK, TALK):
         template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.S | re.M).group(1)
-        wanted = tokenizer.apply_chat_template(converse(turns), tokenize=False, add_generation_prompt=True)
-        assert rendered(template, converse(turns)) == wanted
+        wanted = tokenizer.apply_chat_template(with_system_prompt(messages), tokenize=False, add_generation_prompt=True)
+        assert rendered(template, with_system_prompt(messages)) == wanted
     lines = text.splitlines()
     assert f'SYSTEM """{SYSTEM_PROMPT}"""' in lines and "ADAPTER ./her.gguf" in lines
     assert f"FROM ./{SMALL.gguf.files[0].name}" in lines
@@ -108,14 +108,14 @@ def test_the_modelfile_says_prompt_template_and_sampling(asked, tokenizer, tmp_p
     assert re.findall(r'^PARAMETER stop "(.+)"$', text, re.M) == ["<|im_end|>", "<|endoftext|>"]
 
 
-def test_a_base_in_parts_or_of_ones_own_says_where_its_gguf_comes_from(located):
+def test_a_base_in_parts_or_of_ones_own_says_where_its_gguf_comes_from(checkpoint):
     text = export.modelfile("her.gguf", SEVEN_B)
     first, last = (file.name for file in SEVEN_B.gguf.files)
     assert f"--merge {first} qwen2.5-7b-instruct-q4_k_m.gguf` joins its 2 parts" in text and last not in text
     assert "\nFROM ./qwen2.5-7b-instruct-q4_k_m.gguf\n" in text
-    own = export.modelfile("her.gguf", located.base)
+    own = export.modelfile("her.gguf", checkpoint.base)
     assert "\nFROM ./BASE.gguf\n" in own and "convert_hf_to_gguf.py makes of tiny." in own
-    one = replace(located.base, gguf=Gguf("me/tiny", "local", (File("tiny.gguf", 1, ""),)))
+    one = replace(checkpoint.base, gguf=Gguf("me/tiny", "local", (File("tiny.gguf", 1, ""),)))
     assert "\nFROM ./tiny.gguf\n" in export.modelfile("her.gguf", one)
 
 
@@ -127,21 +127,21 @@ def test_the_gguf_is_written_without_torch_and_says_what_is_next(tmp_path):
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert {path.name for path in tmp_path.iterdir()} == {"her.gguf", export.MODELFILE}
-    for said in (f"--lora {tmp_path / 'her.gguf'} --cache-ram 0", "ollama create zhenhuan -f", "LM Studio",
+    for message in (f"--lora {tmp_path / 'her.gguf'} --cache-ram 0", "ollama create zhenhuan -f", "LM Studio",
                  SMALL.gguf.files[0].name, SYSTEM_PROMPT):  # fmt: skip
-        assert said in ran.stdout
+        assert message in ran.stdout
 
 
 @torch.inference_mode()
-def test_the_merged_model_is_base_and_adapter(asked, trained, located, tokenizer, tmp_path):
+def test_the_merged_model_is_base_and_adapter(asked, trained, checkpoint, tokenizer, tmp_path):
     asked("--merged", tmp_path / "whole")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype="auto")
     assert merged.dtype == torch.bfloat16
     ids = torch.tensor([tokenizer.encode(SYSTEM_PROMPT)])
-    plain = load_base(located)(ids).logits
-    worn = PeftModel.from_pretrained(load_base(located), trained.folder).eval()(ids).logits
-    off = (merged.float()(ids).logits - worn).norm() / worn.norm()
-    assert off < 0.05 < 0.3 < (plain - worn).norm() / worn.norm()
+    plain = load_base(checkpoint)(ids).logits
+    adapted = PeftModel.from_pretrained(load_base(checkpoint), trained.folder).eval()(ids).logits
+    off = (merged.float()(ids).logits - adapted).norm() / adapted.norm()
+    assert off < 0.05 < 0.3 < (plain - adapted).norm() / adapted.norm()
 
 
 def test_the_merged_folder_is_whole_and_opens_elsewhere(asked, tiny_base, tokenizer, tmp_path):
@@ -149,7 +149,7 @@ def test_the_merged_folder_is_whole_and_opens_elsewhere(asked, tiny_base, tokeni
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["whole"]
     assert {path.name for path in (tmp_path / "whole").glob("*model*")} == {"model.safetensors"}
     opened = AutoTokenizer.from_pretrained(tmp_path / "whole")
-    texts = [one.apply_chat_template(converse(TALK), tokenize=False) for one in (opened, tokenizer)]
+    texts = [one.apply_chat_template(with_system_prompt(TALK), tokenize=False) for one in (opened, tokenizer)]
     assert texts[0] == texts[1] and opened.encode(texts[0]) == tokenizer.encode(texts[0])
     assert "chat_template" in json.loads((tmp_path / "whole" / "tokenizer_config.json").read_text(encoding="utf-8"))
     config, base = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "whole", tiny_base))
@@ -159,12 +159,12 @@ def test_the_merged_folder_is_whole_and_opens_elsewhere(asked, tiny_base, tokeni
     assert sampling.eos_token_id == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
 
 
-def dora(trained, located, folder):
+def dora(trained, checkpoint, folder):
     """The tiny adapter with magnitudes, as a DoRA that was never trained would have them, but twice as large."""
     from safetensors.torch import save_file
 
     changed(trained.folder, folder, use_dora=True)
-    layers = load_base(located).state_dict()
+    layers = load_base(checkpoint).state_dict()
     weights = load_file(folder / WEIGHTS)
     stems = {name.rpartition(".lora_")[0] for name in weights}
     sizes = {f"{stem}.lora_magnitude_vector": 2 * layers[f"{stem.removeprefix('base_model.model.')}.weight"].norm(dim=1)
@@ -174,16 +174,16 @@ def dora(trained, located, folder):
 
 
 @torch.inference_mode()
-def test_a_dora_is_merged_but_is_no_gguf(asked, trained, located, tokenizer, tmp_path):
-    folder = dora(trained, located, tmp_path / "her")
+def test_a_dora_is_merged_but_is_no_gguf(asked, trained, checkpoint, tokenizer, tmp_path):
+    folder = dora(trained, checkpoint, tmp_path / "her")
     with pytest.raises(SystemExit, match=r"her is a DoRA, which llama\.cpp does not know.*--merged"):
         asked("--gguf", tmp_path / "her.gguf", folder=folder)
     assert not list(tmp_path.glob("*gguf*")) and not (tmp_path / export.MODELFILE).exists()
     asked("--merged", tmp_path / "whole", folder=folder)
     ids = torch.tensor([tokenizer.encode(SYSTEM_PROMPT)])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)(ids).logits
-    worn = PeftModel.from_pretrained(load_base(located), folder).eval()(ids).logits
-    assert (merged - worn).norm() / worn.norm() < 0.05
+    adapted = PeftModel.from_pretrained(load_base(checkpoint), folder).eval()(ids).logits
+    assert (merged - adapted).norm() / adapted.norm() < 0.05
 
 
 def test_nothing_is_written_over(asked, tmp_path):
@@ -224,6 +224,7 @@ def test_a_folder_of_which_no_base_is_known_is_refused(asked, trained, tmp_path)
     with pytest.raises(SystemExit, match=f"{CONFIG} is missing"):
         asked("--gguf", tmp_path / "her.gguf", folder=tmp_path / "empty", base=None)
     broken = shutil.copytree(trained.folder, tmp_path / "broken")
-    (broken / CONFIG).write_text("{")
-    with pytest.raises(SystemExit, match="names no base"):
-        asked("--gguf", tmp_path / "her.gguf", folder=broken, base=None)
+    for text, message in (("{", "is not JSON"), ("{}", "names no base")):
+        (broken / CONFIG).write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            asked("--gguf", tmp_path / "her.gguf", folder=broken, base=None)

@@ -16,8 +16,9 @@ from chat.adapter import CARD, CONFIG, FILES, WEIGHTS, Adapter, find
 from chat.local import LocalEngine
 from tests.conftest import ROOT
 from tests.servers import COMMIT, CUT, LARGE
-from training import hub
-from training.run import run
+from training.pipeline import run
+from training.publish import hub
+from training.publish.checks import require_no_secret, version_tag
 
 TOKEN = "hf_" + "secret" * 5
 BINARIES = [name for name in FILES if name.endswith(LARGE)]
@@ -75,14 +76,14 @@ def waits(monkeypatch):
 def test_a_publish_has_a_tag_of_its_own_and_a_second_one_sends_nothing(trained, hub_server, api):
     hub.push(trained, "fan/pocket", api)
     address = hub.push(trained, "fan/pocket", api)
-    assert hub_server.tags == {hub.tag(trained): COMMIT} and address.endswith(COMMIT)
+    assert hub_server.tags == {version_tag(trained): COMMIT} and address.endswith(COMMIT)
     assert sorted(hub_server.stored) == sorted({hub_server.oid(name) for name in BINARIES})
 
 
 def test_another_adapter_has_another_tag(trained, tmp_path):
     changed = shutil.copytree(trained.folder, tmp_path / "tiny")
     (changed / WEIGHTS).write_bytes((changed / WEIGHTS).read_bytes()[:-1] + b"?")
-    assert hub.tag(Adapter("tiny", changed, {}, {})) != hub.tag(trained)
+    assert version_tag(Adapter("tiny", changed, {}, {})) != version_tag(trained)
 
 
 # The client tries each request six times in all.
@@ -104,10 +105,10 @@ def test_a_push_that_breaks_off_says_how_to_go_on_and_goes_on(part, status, time
     with pytest.raises(ConnectionError) as broken:
         hub.push(trained, "fan/pocket", api)
     said = str(broken.value)
-    assert f"python -m training.hub {trained.folder} fan/pocket" in said and "\n" not in said and TOKEN not in said
+    assert f"python -m training.publish {trained.folder} fan/pocket" in said and "\n" not in said and TOKEN not in said
     hub_server.faults.clear()
     hub.push(trained, "fan/pocket", api)
-    assert set(hub_server.uploaded) == set(FILES) and hub.tag(trained) in hub_server.tags
+    assert set(hub_server.uploaded) == set(FILES) and version_tag(trained) in hub_server.tags
     assert sorted(hub_server.stored) == sorted({hub_server.oid(name) for name in BINARIES}), "each was sent once"
 
 
@@ -172,13 +173,13 @@ def test_a_home_folder_in_the_recipe_is_named_before_training(tiny_run, hub_serv
 
 
 def test_what_is_shipped_holds_no_secret():
-    hub.require_no_secret(*(ROOT / "adapters" / "pocket").iterdir())
+    require_no_secret(*(ROOT / "adapters" / "pocket").iterdir())
 
 
 def publish(hub_server, *arguments, token=TOKEN):
-    """`python -m training.hub` as a user types it, with the Hub's address and the token in the environment."""
+    """`python -m training.publish` as a user types it, with the Hub's address and the token in the environment."""
     own = {"HF_ENDPOINT": hub_server.address, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "training.hub", *map(str, arguments)]
+    command = [sys.executable, "-m", "training.publish", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **own}, capture_output=True, text=True, timeout=60)
 
 
@@ -210,49 +211,49 @@ def published(trained, hub_server, tmp_path, monkeypatch):
     return hub_server
 
 
-def test_the_page_serves_an_adapter_by_its_hub_id(published, located, tmp_path, monkeypatch):
+def test_the_page_serves_an_adapter_by_its_hub_id(published, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTERS", f"甄嬛=fan/pocket@{COMMIT}")
     published.uploaded["notes.bin"] = b"pickle"
-    opened, refused = find(located, tmp_path / "none")
+    opened, refused = find(checkpoint, tmp_path / "none")
     assert [adapter.name for adapter in opened] == ["甄嬛"] and not refused
     assert {path.name for path in opened[0].folder.iterdir()} == set(FILES)
-    assert LocalEngine(located, opened).adapters == ["甄嬛", "base"]
+    assert LocalEngine(checkpoint, opened).adapters == ["甄嬛", "base"]
 
 
-def test_what_was_fetched_is_served_when_the_hub_is_silent(published, located, tmp_path, monkeypatch):
+def test_what_was_fetched_is_served_when_the_hub_is_silent(published, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTERS", "fan/pocket")
-    assert find(located, tmp_path)[0]
+    assert find(checkpoint, tmp_path)[0]
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert [adapter.name for adapter in find(located, tmp_path)[0]] == ["pocket"]
+    assert [adapter.name for adapter in find(checkpoint, tmp_path)[0]] == ["pocket"]
 
 
 @pytest.mark.parametrize("setting", ["fan/gone", "no/such/thing", "a.b=fan/pocket", "base=fan/pocket", "../../etc"])
 def test_a_setting_that_cannot_be_served_is_a_sentence_and_the_rest_is_served(
-    published, trained, located, setting, monkeypatch
+    published, trained, checkpoint, setting, monkeypatch
 ):
     monkeypatch.setenv("ADAPTERS", setting)
-    opened, refused = find(located, trained.folder.parent)
+    opened, refused = find(checkpoint, trained.folder.parent)
     assert [adapter.name for adapter in opened] == ["tiny"]
     assert len(refused) == 1 and "\n" not in refused[0] and refused[0].endswith(".")
 
 
-def test_a_private_adapter_needs_the_token(published, located, tmp_path, monkeypatch):
+def test_a_private_adapter_needs_the_token(published, checkpoint, tmp_path, monkeypatch):
     published.known = TOKEN
     monkeypatch.setenv("ADAPTERS", "fan/pocket")
-    assert "cannot be had" in find(located, tmp_path)[1][0]
+    assert "cannot be had" in find(checkpoint, tmp_path)[1][0]
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    opened, refused = find(located, tmp_path)
+    opened, refused = find(checkpoint, tmp_path)
     assert [adapter.name for adapter in opened] == ["pocket"] and not refused
 
 
-def test_a_foreign_adapter_from_the_hub_is_refused(published, located, tmp_path, monkeypatch):
+def test_a_foreign_adapter_from_the_hub_is_refused(published, checkpoint, tmp_path, monkeypatch):
     config = json.loads(published.uploaded[CONFIG])
     published.uploaded[CONFIG] = json.dumps({**config, "base_model_name_or_path": "other/base"}).encode()
     monkeypatch.setenv("ADAPTERS", "fan/pocket")
-    assert "other/base" in find(located, tmp_path)[1][0]
+    assert "other/base" in find(checkpoint, tmp_path)[1][0]
 
 
-def test_two_adapters_of_one_name_are_not_mixed_up(published, trained, located, monkeypatch):
+def test_two_adapters_of_one_name_are_not_mixed_up(published, trained, checkpoint, monkeypatch):
     monkeypatch.setenv("ADAPTERS", "tiny=fan/pocket")
-    opened, refused = find(located, trained.folder.parent)
+    opened, refused = find(checkpoint, trained.folder.parent)
     assert [adapter.folder for adapter in opened] != [trained.folder] and "Two adapters are called tiny" in refused[0]

@@ -1,4 +1,4 @@
-"""llama.cpp as the engine: the same ids, the same law of sampling, no reply that depends on who else asked."""
+"""llama.cpp as the engine: the same ids, the same distribution, no reply that depends on who else asked."""
 
 import json
 import random
@@ -22,16 +22,17 @@ from transformers.generation.logits_process import (
 )
 
 import chat
-from chat import base as bases
-from chat import llama, local
+from chat import base_model, convert, llama
 from chat.adapter import CONFIG, WEIGHTS, Adapter
-from chat.base import locate
-from chat.engine import BASE_ONLY, Sampling
-from chat.fetch import Unavailable, digest
+from chat.bases import BASES
+from chat.checkpoints import locate
+from chat.download import Unavailable, cache, digest
+from chat.engine import BASE_ONLY
 from chat.gguf_tokenizer import GgufTokenizer, read_metadata
 from chat.llama import LlamaEngine
 from chat.local import LocalEngine
 from chat.prompt import prompt_ids, trim
+from chat.sampling import Sampling
 
 GREEDY = Sampling(temperature=0, repetition_penalty=1, max_new_tokens=24)
 LETTERS = [
@@ -63,7 +64,9 @@ def key():
 
 @pytest.fixture(scope="module")
 def engine(trained, tiny_gguf):
-    return LlamaEngine(tiny_gguf, [trained], num_slots=2)
+    engine = LlamaEngine(tiny_gguf, [trained], max_num_seqs=2)
+    engine.wait()
+    return engine
 
 
 def token_ids(engine, body):
@@ -75,9 +78,9 @@ def token_ids(engine, body):
         return json.load(answer)["tokens"]
 
 
-def say(engine, turns, adapter="tiny", sampling=GREEDY, cancel=None, go_on=False):
-    chunks = list(engine.stream(turns, adapter, sampling, cancel or threading.Event(), go_on))
-    return "".join(chunk.text for chunk in chunks), chunks[-1].cost
+def say(engine, messages, adapter="tiny", sampling=GREEDY, cancel=None, continue_final_message=False):
+    chunks = list(engine.stream(messages, [adapter], sampling, cancel or threading.Event(), continue_final_message))
+    return "".join(chunk.text for chunk in chunks), chunks[-1].usage
 
 
 def test_prompt_ids_are_those_of_the_training_path(engine, tokenizer):
@@ -97,9 +100,9 @@ def greedy_ids(engine, ids, adapter, count=24):
 
 def transformers_ids(engine, ids, adapter, count=24):
     """The same by transformers and PEFT."""
-    config = local.generation_config(engine.tokenizer, replace(GREEDY, max_new_tokens=count))
-    config.suppress_tokens = local.ends(engine.tokenizer)
-    with torch.inference_mode(), engine._worn(adapter):
+    config = base_model.generation_config(engine.tokenizer, replace(GREEDY, max_new_tokens=count))
+    config.suppress_tokens = base_model.ends(engine.tokenizer)
+    with torch.inference_mode(), engine._use_adapter(adapter):
         return engine.model.generate(torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist()
 
 
@@ -108,13 +111,14 @@ def parting(ours, theirs, ids, engine, adapter):
     at = next((n for n, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other), None)
     if at is None:
         return 0.0
-    with torch.inference_mode(), engine._worn(adapter):
+    with torch.inference_mode(), engine._use_adapter(adapter):
         logits = engine.model(torch.tensor([[*ids, *theirs[:at]]])).logits[0, -1]
     return abs(logits[ours[at]] - logits[theirs[at]]).item()
 
 
-def test_greedy_ids_are_those_of_transformers_but_for_ties(engine, trained, located):
-    theirs, equal = LocalEngine(located, [trained]), 0
+def test_greedy_ids_are_those_of_transformers_but_for_ties(engine, trained, checkpoint):
+    theirs, equal = LocalEngine(checkpoint, [trained]), 0
+    theirs.wait()
     for text in (texts := ["你是谁？", "皇上驾到", "abc", *varied(20, 2)]):
         ids = prompt_ids(engine.tokenizer, user(text))
         for adapter in ("tiny", BASE_ONLY):
@@ -125,7 +129,7 @@ def test_greedy_ids_are_those_of_transformers_but_for_ties(engine, trained, loca
     assert equal > len(texts)
 
 
-def law(logits, ids, sampling):
+def chances(logits, ids, sampling):
     """The chances of each token by transformers' own processors, in the order that `generate` gives them."""
     processors = LogitsProcessorList([
         RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)),
@@ -144,22 +148,22 @@ def drawn(engine, ids, sampling, count):
     return tally
 
 
-def chi_square(chances, tally):
-    """Pearson's statistic over tokens expected five times or more, the rest together, and 99.9 % of its law."""
+def chi_square(expected_chances, tally):
+    """Pearson's statistic over tokens expected five times or more, the rest together, and its 99.9 % limit."""
     count = sum(tally.values())
-    common = (chances * count >= 5).nonzero().flatten().tolist()
-    pairs = [(chances[token].item() * count, tally.get(token, 0)) for token in common]
+    common = (expected_chances * count >= 5).nonzero().flatten().tolist()
+    pairs = [(expected_chances[token].item() * count, tally.get(token, 0)) for token in common]
     rest = count - sum(expected for expected, _ in pairs), count - sum(seen for _, seen in pairs)
     pairs += [rest] if rest[0] > 1 else []
     if rest[1] > 0 and rest[0] < 1e-3:
         return float("inf"), 0.0  # a token came that cannot come
     free = len(pairs) - 1
-    # Wilson and Hilferty's cube (1931): the quantile of chi-square from that of the normal law, 3.09 for 99.9 %.
+    # Wilson and Hilferty's cube (1931): the quantile of chi-square from the normal one, 3.09 for 99.9 %.
     limit = free * (1 - 2 / (9 * free) + 3.09 * (2 / (9 * free)) ** 0.5) ** 3
     return sum((seen - expected) ** 2 / expected for expected, seen in pairs), limit
 
 
-# Each setting changes the law by itself: what one sampler too many, too few or in another place would break.
+# Each setting changes the chances by itself: what one sampler too many, too few or in another place would break.
 SETTINGS = [
     Sampling(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05),
     Sampling(temperature=2, top_p=1, top_k=200, repetition_penalty=1),
@@ -169,22 +173,22 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("sampling", SETTINGS)
-def test_tokens_are_drawn_by_the_law_of_the_local_engine(engine, located, sampling):
-    plain = local.load_base(located)
+def test_tokens_are_drawn_with_the_chances_of_the_local_engine(engine, checkpoint, sampling):
+    plain = base_model.load_base(checkpoint)
     ids = prompt_ids(engine.tokenizer, user("皇上，皇上，你是谁？"))
     with torch.inference_mode():
         logits = plain(torch.tensor([ids])).logits[0, -1]
-    statistic, limit = chi_square(law(logits, ids, sampling), drawn(engine, ids, sampling, 2000))
+    statistic, limit = chi_square(chances(logits, ids, sampling), drawn(engine, ids, sampling, 2000))
     assert statistic < limit
 
 
-def test_the_chi_square_test_sees_a_law_that_is_off(engine, located):
+def test_the_chi_square_test_sees_chances_that_are_off(engine, checkpoint):
     ids, asked = prompt_ids(engine.tokenizer, user("皇上，皇上，你是谁？")), SETTINGS[3]
     with torch.inference_mode():
-        logits = local.load_base(located)(torch.tensor([ids])).logits[0, -1]
+        logits = base_model.load_base(checkpoint)(torch.tensor([ids])).logits[0, -1]
     tally = drawn(engine, ids, asked, 2000)
     for other in (replace(asked, temperature=1.2), replace(asked, repetition_penalty=1), replace(asked, top_p=1)):
-        statistic, limit = chi_square(law(logits, ids, other), tally)
+        statistic, limit = chi_square(chances(logits, ids, other), tally)
         assert statistic > limit
 
 
@@ -198,9 +202,9 @@ def talks(seed, count=12):
 
 
 def test_no_reply_depends_on_who_else_asked_before(engine, trained, tiny_gguf):
-    for turns, adapter in talks(3):
-        fresh = LlamaEngine(tiny_gguf, [trained], num_slots=1)
-        assert say(engine, turns, adapter)[0] == say(fresh, turns, adapter)[0]
+    for messages, adapter in talks(3):
+        fresh = LlamaEngine(tiny_gguf, [trained], max_num_seqs=1)
+        assert say(engine, messages, adapter)[0] == say(fresh, messages, adapter)[0]
 
 
 def crossed(engine):
@@ -227,19 +231,19 @@ def endless(engine, monkeypatch):
     monkeypatch.setattr(engine, "_body", lambda *given: {**body(*given), "ignore_eos": True})
 
 
-def test_visitors_beyond_the_slots_wait_and_each_hears_his_own(engine):
+def test_visitors_beyond_the_slots_wait_and_each_gets_his_own_reply(engine):
     questions = [(text, ("tiny", BASE_ONLY)[n % 2]) for n, text in enumerate(varied(8, 4))]
     alone = [say(engine, user(text), adapter)[0] for text, adapter in questions]
-    heard = {}
+    texts = {}
     threads = [
-        threading.Thread(target=lambda n=n, q=q: heard.update({n: say(engine, user(q[0]), q[1])[0]}))
+        threading.Thread(target=lambda n=n, q=q: texts.update({n: say(engine, user(q[0]), q[1])[0]}))
         for n, q in enumerate(questions)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [heard[n] for n in range(8)] == alone
+    assert [texts[n] for n in range(8)] == alone
 
 
 def test_who_leaves_while_waiting_takes_no_slot(engine, monkeypatch):
@@ -248,11 +252,12 @@ def test_who_leaves_while_waiting_takes_no_slot(engine, monkeypatch):
     enter = engine._lora_queue.enter
     monkeypatch.setattr(engine._lora_queue, "enter", lambda *given: asked.append(enter(*given)) or asked[-1])
     monkeypatch.setattr(llama._Reply, "__call__", slowly(llama._Reply.__call__))
-    streams = [engine.stream(user("你是谁？"), BASE_ONLY, long, threading.Event()) for _ in range(2)]
+    streams = [engine.stream(user("你是谁？"), [BASE_ONLY], long, threading.Event()) for _ in range(2)]
     for stream in streams:
-        next(stream)
+        while not next(stream).text:
+            pass
     cancel, left = threading.Event(), []
-    waiting = threading.Thread(target=lambda: left.extend(engine.stream(user("再问"), "tiny", long, cancel)))
+    waiting = threading.Thread(target=lambda: left.extend(engine.stream(user("再问"), ["tiny"], long, cancel)))
     waiting.start()
     while engine._threads._work_queue.empty():
         time.sleep(0.01)
@@ -260,7 +265,7 @@ def test_who_leaves_while_waiting_takes_no_slot(engine, monkeypatch):
     for stream in streams:
         stream.close()
     waiting.join(10)
-    assert (left[-1].cost.stopped, left[-1].cost.tokens, asked) == ("cancelled", 0, [True, True, False])
+    assert (left[-1].usage.finish_reason, left[-1].usage.tokens, asked) == ("cancelled", 0, [True, True, False])
 
 
 def slowly(call):
@@ -270,25 +275,26 @@ def slowly(call):
 
 def test_a_stream_shows_life_while_it_waits_so_that_it_can_be_closed(engine, monkeypatch):
     endless(engine, monkeypatch)
-    monkeypatch.setattr(llama, "BEAT", 0.02)
+    monkeypatch.setattr("chat.engine.HEARTBEAT", 0.02)
     monkeypatch.setattr(llama._Reply, "__call__", slowly(llama._Reply.__call__))
-    speaking = engine.stream(user("你是谁？"), BASE_ONLY, Sampling(max_new_tokens=512), threading.Event())
-    while not next(speaking).text:
+    generating = engine.stream(user("你是谁？"), [BASE_ONLY], Sampling(max_new_tokens=512), threading.Event())
+    while not next(generating).text:
         pass
-    waiting = engine.stream(user("你是谁？"), "tiny", GREEDY, threading.Event())
+    waiting = engine.stream(user("你是谁？"), ["tiny"], GREEDY, threading.Event())
     assert [next(waiting).text for _ in range(3)] == ["", "", ""]
     waiting.close()
-    speaking.close()
+    generating.close()
 
 
 def test_one_lora_does_not_keep_another_waiting_without_end(trained, tiny_gguf, monkeypatch):
     """llama.cpp decodes the LoRA of the first busy slot; new requests for it would leave the others standing."""
-    engine, done, most = LlamaEngine(tiny_gguf, [trained], num_slots=4), threading.Event(), 100
+    engine, done, limit = LlamaEngine(tiny_gguf, [trained], max_num_seqs=4), threading.Event(), 100
+    engine.wait()
     endless(engine, monkeypatch)
     asked = []
 
     def keep_asking():
-        while not done.is_set() and len(asked) < most:
+        while not done.is_set() and len(asked) < limit:
             asked.append(say(engine, user("你是谁？"), sampling=replace(GREEDY, max_new_tokens=512)))
 
     threads = [threading.Thread(target=keep_asking) for _ in range(3)]
@@ -301,7 +307,7 @@ def test_one_lora_does_not_keep_another_waiting_without_end(trained, tiny_gguf, 
     done.set()
     for thread in threads:
         thread.join()
-    assert len(asked) < most
+    assert len(asked) < limit
 
 
 @pytest.mark.parametrize("adapters", [["tiny", BASE_ONLY], [BASE_ONLY, "tiny"]])
@@ -335,20 +341,20 @@ def test_a_prompt_is_given_up_between_two_parts_of_it(engine):
     body = engine._body(prompt_ids(engine.tokenizer, user("说" * 600)), BASE_ONLY, Sampling())
     engine._server.handle_completions(body, reply := Watched(0, None, cancel))
     assert len(asked) == 1 and asked[0]["prompt_progress"]["processed"] <= llama.PREFILL
-    assert reply.cost().stopped == "cancelled"
+    assert reply.usage().finish_reason == "cancelled"
 
 
 def test_a_reply_ends_after_its_time(engine, monkeypatch):
     endless(engine, monkeypatch)
     monkeypatch.setattr(llama, "REPLY_SECONDS", 0.0)
-    _, cost = say(engine, user("你是谁？"), sampling=Sampling(max_new_tokens=512))
-    assert (cost.stopped, cost.tokens) == ("time", 0)
+    _, usage = say(engine, user("你是谁？"), sampling=Sampling(max_new_tokens=512))
+    assert (usage.finish_reason, usage.tokens) == ("time", 0)
 
 
 def test_a_character_cut_in_half_is_not_shown(engine):
     for length in range(1, 6):
-        text, cost = say(engine, user("你是谁？"), sampling=replace(GREEDY, max_new_tokens=length))
-        assert text == "臣妾明白。"[: length // 3] and (cost.tokens, cost.stopped) == (length, "length")
+        text, usage = say(engine, user("你是谁？"), sampling=replace(GREEDY, max_new_tokens=length))
+        assert text == "臣妾明白。"[: length // 3] and (usage.tokens, usage.finish_reason) == (length, "length")
 
 
 def changed(trained, tmp_path, name, change):
@@ -362,20 +368,22 @@ def test_an_adapter_that_changes_nothing_or_breaks_the_logits_is_turned_down(tra
     still = changed(trained, tmp_path, "still", lambda n, w: w * 0 if "lora_B" in n else w)
     broken = changed(trained, tmp_path, "broken", lambda n, w: w * 0 + 1e38)
     engine = LlamaEngine(tiny_gguf, [still, trained, broken], 1)
+    engine.wait()
     assert engine.adapters == ["tiny", BASE_ONLY] and len(engine.refused) == 2
     assert "changes no logits" in engine.refused[0] and "not finite" in engine.refused[1]
-    assert (
-        say(engine, user("你是谁？"))[0] == "臣妾明白。"
-    )  # its number among the LoRA is not its number among those served
+    # Its number among the LoRA is not its number among those served.
+    assert say(engine, user("你是谁？"))[0] == "臣妾明白。"
 
 
-def test_rslora_is_folded_into_alpha(trained, tiny_gguf, located, tmp_path):
+def test_rslora_is_folded_into_alpha(trained, tiny_gguf, checkpoint, tmp_path):
     rooted = changed(trained, tmp_path, "rooted", lambda n, w: w)
     config = json.loads((rooted.folder / CONFIG).read_text())
     (rooted.folder / CONFIG).write_text(
         json.dumps({**config, "use_rslora": True, "lora_alpha": config["lora_alpha"] / 2})
     )
-    ours, theirs = LlamaEngine(tiny_gguf, [rooted], 1), LocalEngine(located, [rooted])
+    ours, theirs = LlamaEngine(tiny_gguf, [rooted], 1), LocalEngine(checkpoint, [rooted])
+    ours.wait()
+    theirs.wait()
     for text in varied(6, 5):
         ids = prompt_ids(ours.tokenizer, user(text))
         replies = greedy_ids(ours, ids, "rooted"), transformers_ids(theirs, ids, "rooted")
@@ -432,23 +440,24 @@ def test_the_head_of_a_gguf_is_read_as_the_library_reads_it(tiny_gguf):
 @pytest.fixture
 def small(tiny_gguf, monkeypatch):
     """The tiny GGUF as the base `small`, in a folder that MODEL_FOLDER names."""
-    monkeypatch.setitem(bases.BASES, "small", tiny_gguf.base)
+    monkeypatch.setitem(BASES, "small", tiny_gguf.base)
     monkeypatch.setenv("MODEL_FOLDER", str(tiny_gguf.path.parent))
     return tiny_gguf.base
 
 
 def test_a_machine_without_a_gpu_answers_by_llama_cpp(small, trained, monkeypatch):
     monkeypatch.setenv("ADAPTERS", f"her={trained.folder}")
-    monkeypatch.setenv("PLACES", "3")
+    monkeypatch.setenv("PLACES", "3")  # the old name of MAX_NUM_SEQS
     loaded = chat.load("small")
-    assert loaded.most == 3 and "llama.cpp" in loaded.base
-    assert say(loaded.wait(), user("你是谁？"), "her")[0] == "臣妾明白。"
+    assert loaded.max_num_seqs == 3 and "llama.cpp" in loaded.base
+    assert say(loaded, user("你是谁？"), "her")[0] == "臣妾明白。"
     assert loaded.digest("her") == digest(trained.folder / WEIGHTS)[:12]
 
 
-def test_the_same_base_answers_by_transformers_when_it_is_asked_for(small, located, monkeypatch):
-    monkeypatch.setattr(local, "dense", lambda found: located)
-    loaded = chat.load("small", engine="transformers").wait()
+def test_the_same_base_answers_by_transformers_when_it_is_asked_for(small, checkpoint, monkeypatch):
+    monkeypatch.setattr("chat.local.ensure_converted", lambda found: checkpoint)
+    loaded = chat.load("small", engine="transformers")
+    loaded.wait()
     assert isinstance(loaded, LocalEngine)
 
 
@@ -457,14 +466,13 @@ def test_a_dora_is_refused_with_the_engine_that_serves_it(small, trained, monkey
     monkeypatch.setattr(Adapter, "dora", property(lambda _: True))
     loaded = chat.load("small")
     assert loaded.adapters == [BASE_ONLY]
-    assert loaded.wait().refused == [
-        "her is a DoRA, which llama.cpp does not know. Serve it with --engine transformers."
-    ]
+    loaded.wait()
+    assert loaded.refused == ["her is a DoRA, which llama.cpp does not know. Serve it with --engine transformers."]
 
 
-def test_places_that_are_no_number_are_refused(small, monkeypatch):
-    monkeypatch.setenv("PLACES", "many")
-    with pytest.raises(ValueError, match=r"PLACES is 'many'. Write a whole number"):
+def test_a_max_num_seqs_that_is_no_number_is_refused(small, monkeypatch):
+    monkeypatch.setenv("MAX_NUM_SEQS", "many")
+    with pytest.raises(ValueError, match=r"MAX_NUM_SEQS is 'many'. Write a whole number"):
         chat.load("small")
 
 
@@ -480,7 +488,7 @@ def test_what_llama_cpp_cannot_do_is_said_or_done_by_transformers(tiny_base, mon
         chat.load(str(tiny_base), engine="llama")
     with pytest.raises(ValueError, match="--bits 4 is done by bitsandbytes"):
         chat.load("small", bits=4, engine="llama")
-    assert isinstance(chat.load(str(tiny_base)).wait(), LocalEngine)
+    assert isinstance(chat.load(str(tiny_base)), LocalEngine)
     with pytest.raises(ValueError, match="'smal' is no base: name one of 7b, medium, small"):
         chat.load("smal")
     monkeypatch.setattr(chat, "find_spec", lambda name: None)
@@ -494,8 +502,8 @@ def test_a_folder_with_both_forms_is_served_by_either(small, tiny_base, monkeypa
     both = shutil.copytree(tiny_base, tmp_path / "both")
     shutil.copy(locate("small", gguf=True).path, both)
     monkeypatch.setenv("MODEL_FOLDER", str(both))
-    assert isinstance(chat.load("small").wait(), LlamaEngine)
-    assert isinstance(chat.load("small", engine="transformers").wait(), LocalEngine)
+    assert isinstance(chat.load("small"), LlamaEngine)
+    assert isinstance(chat.load("small", engine="transformers"), LocalEngine)
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -503,7 +511,7 @@ def test_a_file_of_the_users_that_is_no_base_is_refused_and_kept(small, tmp_path
     theirs = tmp_path / "theirs" / "thesis.gguf"
     theirs.parent.mkdir()
     theirs.write_bytes(b"years of work")
-    named = bases.cache() / "models" / small.gguf.files[0].name  # in our cache, but put there by the user
+    named = cache() / "models" / small.gguf.files[0].name  # in our cache, but put there by the user
     named.parent.mkdir(parents=True)
     named.symlink_to(theirs) if linked else named.write_bytes(theirs.read_bytes())
     monkeypatch.setenv("MODEL_FOLDER", str(named.parent))
@@ -526,38 +534,39 @@ def test_a_file_of_the_right_size_and_other_bytes_is_refused_when_it_is_opened(s
 
 @pytest.mark.real
 @pytest.mark.timeout(600)
-def test_the_real_small_base_is_drawn_from_by_the_law_of_the_local_engine():
+def test_the_real_small_base_is_drawn_from_with_the_chances_of_the_local_engine():
     """On its own logits, as llama.cpp computes them: all 151,936 of them are asked for.
 
     It tells log probabilities, which are logits less a constant; the repetition penalty needs that, too. transformers'
     logits of the dense base tell it, as what quantising changed averages out over the vocabulary.
     """
-    located = locate("small", gguf=True)
-    located.verify()
-    engine = LlamaEngine(located, [], 1)
+    checkpoint = locate("small", gguf=True)
+    checkpoint.verify()
+    engine = LlamaEngine(checkpoint, [], 1)
+    engine.wait()
     ids = prompt_ids(engine.tokenizer, user("皇上，皇上，今日可好？"))
     whole = engine._body(ids, BASE_ONLY, replace(GREEDY, max_new_tokens=1))
-    asked = {**whole, "stream": False, "return_progress": False, "logprobs": located.base.dimensions["vocab_size"]}
+    asked = {**whole, "stream": False, "return_progress": False, "logprobs": checkpoint.base.dimensions["vocab_size"]}
     engine._server.handle_completions(asked)  # from now on all but the last token come from the slot's KV cache
     tops = engine._server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    logits = torch.full((located.base.dimensions["vocab_size"],), -torch.inf)
+    logits = torch.full((checkpoint.base.dimensions["vocab_size"],), -torch.inf)
     for top in tops:
         logits[top["id"]] = top["logprob"]
     assert len(tops) == len(logits)
     with torch.inference_mode():
-        theirs = local.load_base(local.dense(locate("small")))(torch.tensor([ids])).logits[0, -1]
+        theirs = base_model.load_base(convert.ensure_converted(locate("small")))(torch.tensor([ids])).logits[0, -1]
     logits += (theirs - logits).mean()
     for sampling in (SETTINGS[0], SETTINGS[2], SETTINGS[3]):
         tally = drawn(engine, ids, sampling, 200)
-        statistic, limit = chi_square(law(logits, ids, sampling), tally)
-        print(f"chi-square {statistic:.1f}, 99.9 % of its law below {limit:.1f}")
+        statistic, limit = chi_square(chances(logits, ids, sampling), tally)
+        print(f"chi-square {statistic:.1f}, 99.9 % below {limit:.1f}")
         assert statistic < limit
 
 
 @pytest.mark.real
 @pytest.mark.timeout(600)
 def test_ids_of_the_real_bases_are_those_of_the_training_path():
-    theirs = local.load_tokenizer(local.dense(locate("small")))
+    theirs = base_model.load_tokenizer(convert.ensure_converted(locate("small")))
     for name in ("small", "medium"):
         ours = GgufTokenizer(locate(name, gguf=True).path)
         for text in varied(3000, 7):
@@ -569,6 +578,7 @@ def test_ids_of_the_real_bases_are_those_of_the_training_path():
 @pytest.mark.timeout(600)
 def test_a_warm_start_is_ready_within_seconds():
     began = time.monotonic()
-    loaded = chat.load("small", engine="llama").wait()
+    loaded = chat.load("small", engine="llama")
+    loaded.wait()
     print(f"The small base was ready after {time.monotonic() - began:.1f} s: {loaded.base}")
     assert say(loaded, user("你是谁？"), "pocket")[0].startswith("我是甄嬛")

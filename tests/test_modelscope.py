@@ -15,8 +15,10 @@ from huggingface_hub import HfApi
 from chat.adapter import CARD, CONFIG, FILES, METRICS, WEIGHTS, Adapter, find
 from tests.conftest import ROOT
 from tests.servers import CUT
-from training import hub, modelscope
-from training.run import _publish, run
+from training.pipeline import publish as publish_all
+from training.pipeline import run
+from training.publish import modelscope
+from training.publish.checks import version_tag
 
 TOKEN = "ms-12345678-1234-1234-1234-" + "a" * 12
 OFTEN = 99  # more often than the client tries
@@ -60,7 +62,7 @@ def test_a_second_push_sends_nothing_and_one_adapter_has_one_tag(trained, site):
     modelscope.push(trained, "fan/pocket")
     modelscope.push(trained, "fan/pocket")
     assert site.stored and len(site.stored) == len(set(site.stored)), "each was sent once"
-    assert len(site.commits) == 1 and list(site.tags) == [hub.tag(trained)]
+    assert len(site.commits) == 1 and list(site.tags) == [version_tag(trained)]
 
 
 def test_what_somebody_deleted_there_is_sent_again(trained, site):
@@ -90,11 +92,11 @@ def test_a_push_that_breaks_off_says_how_to_go_on_and_goes_on(part, status, trai
     with pytest.raises(ConnectionError) as broken:
         modelscope.push(trained, "fan/pocket")
     said = str(broken.value)
-    assert f"`python -m training.hub {trained.folder} fan/pocket --modelscope` goes on" in said and "\n" not in said
+    assert f"`python -m training.publish {trained.folder} fan/pocket --modelscope` goes on" in said and "\n" not in said
     assert TOKEN not in said + "".join(capfd.readouterr())
     site.faults.clear()
     modelscope.push(trained, "fan/pocket")
-    assert set(site.uploaded) == set(FILES) and hub.tag(trained) in site.tags
+    assert set(site.uploaded) == set(FILES) and version_tag(trained) in site.tags
     assert len(site.stored) == len(set(site.stored)), "each was sent once"
 
 
@@ -164,13 +166,13 @@ def test_one_place_that_fails_does_not_keep_the_adapter_from_the_other(trained, 
     hub_server.fault("/preupload/", 403)
     job = tiny_run(push="fan/pocket", push_modelscope="fan/pocket")
     with pytest.raises(ConnectionError, match="fan/pocket` goes on"):
-        _publish(job, trained, HfApi(hub_server.address, token="hf_" + "secret" * 5))
+        publish_all(job, trained, HfApi(hub_server.address, token="hf_" + "secret" * 5))
     assert set(site.uploaded) == set(FILES) and not hub_server.uploaded
 
 
 def publish(*arguments, token=TOKEN):
-    """`python -m training.hub` as a user types it; the address of ModelScope is in the environment already."""
-    command = [sys.executable, "-m", "training.hub", *map(str, arguments), "--modelscope"]
+    """`python -m training.publish` as a user types it; the address of ModelScope is in the environment already."""
+    command = [sys.executable, "-m", "training.publish", *map(str, arguments), "--modelscope"]
     own = {**os.environ, "MODELSCOPE_API_TOKEN": token}
     return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=60)
 
@@ -199,92 +201,94 @@ def published(trained, modelscope_server):
     return modelscope_server
 
 
-def test_the_page_serves_an_adapter_by_its_id(published, located, tmp_path, monkeypatch):
+def test_the_page_serves_an_adapter_by_its_id(published, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTERS", "甄嬛=modelscope:fan/pocket")
     published.uploaded["notes.bin"] = b"pickle"
-    opened, refused = find(located, tmp_path / "none")
+    opened, refused = find(checkpoint, tmp_path / "none")
     assert [adapter.name for adapter in opened] == ["甄嬛"] and not refused
     assert {path.name for path in opened[0].folder.iterdir()} == set(FILES)
 
 
-def test_the_page_serves_an_adapter_by_its_revision(published, trained, located, tmp_path, monkeypatch):
+def test_the_page_serves_an_adapter_by_its_revision(published, trained, checkpoint, tmp_path, monkeypatch):
     published.tags["v1"] = dict(published.uploaded)
     published.uploaded[WEIGHTS] = b"another"
     monkeypatch.setenv("ADAPTERS", "modelscope:fan/pocket@v1")
-    opened, refused = find(located, tmp_path / "none")
+    opened, refused = find(checkpoint, tmp_path / "none")
     assert [adapter.name for adapter in opened] == ["pocket"] and not refused
     assert (opened[0].folder / WEIGHTS).read_bytes() == (trained.folder / WEIGHTS).read_bytes()
 
 
-def test_what_was_pushed_is_served_by_its_tag(trained, site, located, tmp_path, monkeypatch):
+def test_what_was_pushed_is_served_by_its_tag(trained, site, checkpoint, tmp_path, monkeypatch):
     modelscope.push(trained, "fan/pocket", private=True)
     site.private = True
-    monkeypatch.setenv("ADAPTERS", f"modelscope:fan/pocket@{hub.tag(trained)}")
-    assert [adapter.name for adapter in find(located, tmp_path)[0]] == ["pocket"]
+    monkeypatch.setenv("ADAPTERS", f"modelscope:fan/pocket@{version_tag(trained)}")
+    assert [adapter.name for adapter in find(checkpoint, tmp_path)[0]] == ["pocket"]
 
 
-def test_what_is_new_there_is_fetched_and_what_is_not_is_left(published, located, tmp_path, monkeypatch):
+def test_what_is_new_there_is_fetched_and_what_is_not_is_left(published, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTERS", "modelscope:fan/pocket")
-    folder = find(located, tmp_path)[0][0].folder
+    folder = find(checkpoint, tmp_path)[0][0].folder
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     published.uploaded[METRICS] = b'{"steps": 7}'
-    assert find(located, tmp_path)[0][0].metrics == {"steps": 7}
+    assert find(checkpoint, tmp_path)[0][0].metrics == {"steps": 7}
     assert [path.name for path in folder.iterdir() if path.stat().st_mtime_ns != times[path.name]] == [METRICS]
 
 
 @pytest.mark.parametrize("fault", ["silent", "failing"])
-def test_what_was_fetched_is_served_when_modelscope_is_silent(fault, published, located, tmp_path, monkeypatch):
+def test_what_was_fetched_is_served_when_modelscope_is_silent(fault, published, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTERS", "modelscope:fan/pocket")
-    assert find(located, tmp_path)[0]
+    assert find(checkpoint, tmp_path)[0]
     published.fault("/repo/files", 500, OFTEN)
     if fault == "silent":
         monkeypatch.setattr("modelscope_hub.config._default_config", None)
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
-    assert [adapter.name for adapter in find(located, tmp_path)[0]] == ["pocket"]
+    assert [adapter.name for adapter in find(checkpoint, tmp_path)[0]] == ["pocket"]
 
 
 @pytest.mark.parametrize(
     "place", ["modelscope:fan/gone", "modelscope:fan/pocket@none", "modelscope:no/such/thing", "modelscope:"]
 )
 def test_a_setting_that_cannot_be_served_is_a_sentence_and_the_rest_is_served(
-    place, published, trained, located, monkeypatch
+    place, published, trained, checkpoint, monkeypatch
 ):
     monkeypatch.setenv("ADAPTERS", f"甄嬛={place}")
-    opened, refused = find(located, trained.folder.parent)
+    opened, refused = find(checkpoint, trained.folder.parent)
     assert [adapter.name for adapter in opened] == ["tiny"]
     assert len(refused) == 1 and "\n" not in refused[0] and refused[0].endswith(".")
 
 
-def test_an_adapter_whose_line_breaks_is_a_sentence_and_comes_the_next_time(published, located, tmp_path, monkeypatch):
+def test_an_adapter_whose_line_breaks_is_a_sentence_and_comes_the_next_time(
+    published, checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.setenv("ADAPTERS", "modelscope:fan/pocket")
     published.fault(WEIGHTS, CUT, OFTEN)
-    opened, refused = find(located, tmp_path)
+    opened, refused = find(checkpoint, tmp_path)
     assert not opened and "cannot be had" in refused[0] and refused[0].endswith(".")
     published.faults.clear()
-    assert [adapter.name for adapter in find(located, tmp_path)[0]] == ["pocket"]
+    assert [adapter.name for adapter in find(checkpoint, tmp_path)[0]] == ["pocket"]
 
 
-def test_a_private_adapter_needs_the_token(published, located, tmp_path, monkeypatch):
+def test_a_private_adapter_needs_the_token(published, checkpoint, tmp_path, monkeypatch):
     published.private, published.known = True, TOKEN
     monkeypatch.setenv("ADAPTERS", "modelscope:fan/pocket")
-    assert "cannot be had" in find(located, tmp_path)[1][0]
+    assert "cannot be had" in find(checkpoint, tmp_path)[1][0]
     monkeypatch.setattr("modelscope_hub.config._default_config", None)
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN)
-    opened, refused = find(located, tmp_path)
+    opened, refused = find(checkpoint, tmp_path)
     assert [adapter.name for adapter in opened] == ["pocket"] and not refused
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin"], ids=["under a good name", "under its own"])
-def test_a_pickle_is_refused_and_never_loaded(name, published, located, tmp_path, monkeypatch):
+def test_a_pickle_is_refused_and_never_loaded(name, published, checkpoint, tmp_path, monkeypatch):
     del published.uploaded[WEIGHTS]
     published.uploaded[name] = pickle.dumps({"weights": [1.0]})
     monkeypatch.setenv("ADAPTERS", "modelscope:fan/pocket")
-    opened, refused = find(located, tmp_path)
+    opened, refused = find(checkpoint, tmp_path)
     assert not opened and WEIGHTS in refused[0]
 
 
-def test_a_foreign_adapter_is_refused(published, located, tmp_path, monkeypatch):
+def test_a_foreign_adapter_is_refused(published, checkpoint, tmp_path, monkeypatch):
     config = json.loads(published.uploaded[CONFIG])
     published.uploaded[CONFIG] = json.dumps({**config, "base_model_name_or_path": "other/base"}).encode()
     monkeypatch.setenv("ADAPTERS", "modelscope:fan/pocket")
-    assert "other/base" in find(located, tmp_path)[1][0]
+    assert "other/base" in find(checkpoint, tmp_path)[1][0]

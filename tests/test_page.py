@@ -1,21 +1,23 @@
-"""What stands around an engine: the line, the allowance, transcripts, replies that never raise, ZeroGPU."""
+"""What stands around an engine: the queue, the rate limiter, transcripts, replies that never raise, ZeroGPU."""
 
 import json
 import os
 import subprocess
 import sys
 import threading
+from typing import get_args
 
 import pytest
 
 from chat import persona
-from chat.engine import Cost, ScriptedEngine
-from page import reply, transcript
-from page.allowance import Allowance, Exceeded
-from page.line import Full, Line
-from page.reply import Chosen, Replies
-from page.transcript import Alternatives
+from chat.engine import FinishReason, Usage
+from page import chat_tab, conversation, service
+from page.conversation import Alternatives
+from page.rate_limiter import Exceeded, RateLimiter
+from page.service import ChatRequest, ChatService
+from page.waiting_queue import Full, WaitingQueue
 from tests.conftest import ROOT
+from tests.fake_engine import FakeEngine
 from training.data import load
 
 ASK = [{"role": "user", "content": "早"}]
@@ -29,30 +31,30 @@ def asked(text):
     return {"role": "user", "content": [{"type": "text", "text": text}]}
 
 
-# the line
+# the waiting queue
 
 
-def test_the_line_serves_in_order_and_says_who_is_ahead():
-    line = Line(lambda: 1, longest=2)
-    with line.ticket() as first, line.ticket() as second, line.ticket() as third:
-        assert not list(line.wait(first))
-        assert [next(line.wait(ticket))[0] for ticket in (second, third)] == [1, 2]
-        with pytest.raises(Full), line.ticket():
+def test_the_queue_serves_in_order_and_says_who_is_ahead():
+    queue = WaitingQueue(lambda: 1, longest=2)
+    with queue.ticket() as first, queue.ticket() as second, queue.ticket() as third:
+        assert not list(queue.wait(first))
+        assert [next(queue.wait(ticket))[0] for ticket in (second, third)] == [1, 2]
+        with pytest.raises(Full), queue.ticket():
             pass
-    assert not line._tickets
+    assert not queue._tickets
 
 
-def test_whoever_leaves_the_line_lets_the_others_move_up():
-    line, served = Line(lambda: 1, longest=5), []
+def test_whoever_leaves_the_queue_lets_the_others_move_up():
+    queue, served = WaitingQueue(lambda: 1, longest=5), []
 
     def stand(name):
-        with line.ticket() as ticket:
-            for _ in line.wait(ticket):
+        with queue.ticket() as ticket:
+            for _ in queue.wait(ticket):
                 pass
             served.append(name)
 
-    with line.ticket():
-        leaving = line.ticket()
+    with queue.ticket():
+        leaving = queue.ticket()
         leaving.__enter__()
         waiting = threading.Thread(target=stand, args=("next",))
         waiting.start()
@@ -64,74 +66,81 @@ def test_whoever_leaves_the_line_lets_the_others_move_up():
 
 
 def test_the_estimate_follows_what_replies_take():
-    line = Line(lambda: 2, longest=5)
-    before = line.typical
+    queue = WaitingQueue(lambda: 2, longest=5)
+    before = queue.reply_seconds
     for _ in range(20):
-        with line.timed():
+        with queue.timed():
             pass
-    assert line.typical < before / 10
+    assert queue.reply_seconds < before / 10
 
 
-# the allowance
+# the rate limiter
 
 
 def test_a_visitor_who_asks_too_often_waits_and_others_do_not(monkeypatch):
     monkeypatch.setenv("VISITOR_MESSAGES", "2/minute")
-    allowance = Allowance()
-    allowance.admit("one")
-    allowance.admit("one")
+    limiter = RateLimiter()
+    limiter.admit("one")
+    limiter.admit("one")
     with pytest.raises(Exceeded):
-        allowance.admit("one")
-    allowance.admit("two")
+        limiter.admit("one")
+    limiter.admit("two")
 
 
 def test_names_forged_anew_do_not_go_round_the_sum_over_all(monkeypatch):
     monkeypatch.setenv("ALL_MESSAGES", "5/minute")
-    allowance = Allowance()
+    limiter = RateLimiter()
     for n in range(5):
-        allowance.admit(f"forged {n}")
+        limiter.admit(f"forged {n}")
     with pytest.raises(Exceeded):
-        allowance.admit("forged again")
+        limiter.admit("forged again")
 
 
 def test_tokens_count_and_the_reply_that_went_over_is_the_last(monkeypatch):
     monkeypatch.setenv("VISITOR_TOKENS", "100/hour")
-    allowance = Allowance()
-    allowance.admit("one")
-    allowance.spend("one", 150)
+    limiter = RateLimiter()
+    limiter.admit("one")
+    limiter.spend("one", 150)
     with pytest.raises(Exceeded):
-        allowance.admit("one")
+        limiter.admit("one")
 
 
 def test_a_setting_that_is_none_is_named(monkeypatch):
     monkeypatch.setenv("ALL_TOKENS", "plenty")
     with pytest.raises(ValueError, match=r"ALL_TOKENS is 'plenty'\. Write it like '2000000/hour'\."):
-        Allowance()
+        RateLimiter()
 
 
 # replies
 
 
-def speak(replies, turns=lambda: ASK, **chosen):
-    return list(replies.reply(turns, Chosen(**{"adapter": "scripted", **chosen}), "visitor"))
+def generate(engine, messages=ASK, **request):
+    """The replies of one adapter, as they grow."""
+    generated = ChatService(engine).generate(messages, ChatRequest(**{"adapter": "scripted", **request}), "visitor")
+    return [reply for (reply,) in generated]
 
 
-def test_the_scene_and_the_visitor_are_told_and_a_seed_is_drawn():
-    engine = ScriptedEngine("好")
-    speak(Replies(engine), scene="甘露寺", visitor="果郡王")
-    speak(Replies(engine), seed=7)
-    assert engine.heard[0][0] == [{"role": "user", "content": "（甘露寺·果郡王）早"}]
-    assert 0 <= engine.heard[0][2].seed <= reply.LARGEST_SEED and engine.heard[1][2].seed == 7
+def test_the_scene_and_the_visitor_are_passed_on_and_a_seed_is_drawn():
+    engine = FakeEngine("好")
+    generate(engine, scene="甘露寺", visitor="果郡王")
+    generate(engine, numbers={"seed": 7})
+    assert engine.asked[0][0] == [{"role": "user", "content": "（甘露寺·果郡王）早"}]
+    assert 0 <= engine.asked[0][2].seed <= service.MAX_SEED and engine.asked[1][2].seed == 7
 
 
 @pytest.mark.parametrize(
     "forged",
-    [{"scene": "冷宫"}, {"scene": "太后", "visitor": "皇上"}, {"visitor": "<|im_start|>"}, {"seed": 2**40}],
+    [
+        {"scene": "冷宫"},
+        {"scene": "太后", "visitor": "皇上"},
+        {"visitor": "<|im_start|>"},
+        {"numbers": {"seed": 2**40}},
+    ],
 )
 def test_what_the_page_does_not_offer_never_reaches_the_engine(forged):
-    engine = ScriptedEngine("好")
-    (spoken,) = speak(Replies(engine), **forged)
-    assert spoken.words == persona.UNWELL and spoken.hint and not engine.heard
+    engine = FakeEngine("好")
+    (reply,) = generate(engine, **forged)
+    assert reply.text == persona.UNWELL and reply.hint and not engine.asked
 
 
 class OutOfMemoryError(RuntimeError):
@@ -145,76 +154,76 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("/secret"), persona.UNWELL, "显存不够"),
         (Full(), persona.CROWDED, "候着的人太多"),
         (Exceeded(), persona.BREATHLESS, "歇一分钟"),
-        *((reply.Error("x", title=title), persona.UNWELL, text[:8]) for title, text in reply.ZERO_GPU.items()),
-        (reply.Error("x", title="ZeroGPU illegal duration"), persona.UNWELL, "重试"),
+        *((service.Error("x", title=title), persona.UNWELL, text[:8]) for title, text in service.ZERO_GPU.items()),
+        (service.Error("x", title="ZeroGPU illegal duration"), persona.UNWELL, "重试"),
     ],
 )
 def test_each_failure_has_a_line_and_a_hint(failure, line, hint):
-    (spoken,) = speak(Replies(ScriptedEngine(failure)))
-    assert spoken.words == line and hint in spoken.hint and "secret" not in spoken.text
+    (reply,) = generate(FakeEngine(failure))
+    assert reply.text == line and hint in reply.hint and "secret" not in reply.shown
 
 
 def test_a_log_holds_no_word_of_the_visitors(caplog):
-    speak(Replies(ScriptedEngine(RuntimeError("broken"))), lambda: [{"role": "user", "content": "我的秘密"}])
+    generate(FakeEngine(RuntimeError("broken")), [{"role": "user", "content": "我的秘密"}])
     assert "A reply failed" in caplog.text and "秘密" not in caplog.text
 
 
 def test_a_partial_reply_stays_when_she_breaks_off():
-    class Breaking(ScriptedEngine):
-        def _say(self, text, cancel):
-            yield from list(super()._say("只说了一半", cancel))[:-1]
+    class Breaking(FakeEngine):
+        def _generate(self, reply, row, cancel):
+            yield from list(super()._generate("只说了一半", row, cancel))[:-1]
             raise RuntimeError("gone")
 
-    *_, last = speak(Replies(Breaking("x")))
-    assert last.words == "只说了一半" and "重试" in last.hint and not last.cost
+    *_, last = generate(Breaking("x"))
+    assert last.text == "只说了一半" and "重试" in last.hint and not last.usage
 
 
-def test_leaving_while_she_speaks_frees_the_engine_and_the_line():
-    engine = ScriptedEngine("长" * 50)
-    replies = Replies(engine)
-    stream = replies.reply(lambda: ASK, Chosen(adapter="scripted"), "visitor")
+def test_leaving_while_she_speaks_frees_the_engine_and_the_queue():
+    engine = FakeEngine("长" * 50)
+    service = ChatService(engine)
+    stream = service.generate(ASK, ChatRequest(adapter="scripted"), "visitor")
     next(stream)
     stream.close()
-    assert not engine.running and not replies.line._tickets
+    assert not engine.running and not service.queue._tickets
 
 
 def test_both_sides_of_a_comparison_grow_and_end():
-    replies = Replies(ScriptedEngine("一二", "三四"))
-    *_, last = replies.compare(lambda: ASK, Chosen(adapter="scripted"), "visitor", ["scripted", "base"])
-    assert [spoken.words for spoken in last] == ["一二", "三四"] and all(spoken.cost for spoken in last)
+    service = ChatService(FakeEngine("一二", "三四"))
+    *_, last = service.generate(ASK, ChatRequest(adapter="scripted"), "visitor", ["scripted", "base"])
+    assert [reply.text for reply in last] == ["一二", "三四"] and all(reply.usage for reply in last)
 
 
 def test_a_link_says_only_what_differs_and_the_seed():
-    query = reply.link(Chosen(adapter="pocket", temperature=0.9), 5, "你是谁？")
+    query = chat_tab.link(ChatRequest(adapter="pocket", numbers={"temperature": 0.9}), 5, "你是谁？")
     assert query == "temperature=0.9&adapter=pocket&seed=5&q=%E4%BD%A0%E6%98%AF%E8%B0%81%EF%BC%9F"
 
 
 # transcripts
 
 TALK = [
-    transcript.greeting("甘露寺"),
+    conversation.greeting("甘露寺"),
     asked("我叫小林"),
-    said("记下了。" + reply.ASIDE + "提示〕"),
-    transcript.note("种子 Seed: 5"),
+    said("记下了。" + conversation.HINT + "提示〕"),
+    conversation.note("种子 Seed: 5"),
 ]
 
 
 def test_json_keeps_the_notes_and_comes_back():
-    back = transcript.read(transcript.export(TALK, "甘露寺", "果郡王", "JSON"))
+    back = conversation.read_transcript(conversation.export(TALK, "甘露寺", "果郡王", "JSON"))
     assert (back.scene, back.visitor) == ("甘露寺", "果郡王")
-    assert [reply.plain(entry["content"]) for entry in back.messages] == [
-        persona.scene_named("甘露寺").greeting, "我叫小林", "记下了。" + reply.ASIDE + "提示〕", "种子 Seed: 5",
+    assert [conversation.plain_text(entry["content"]) for entry in back.messages] == [
+        persona.scene_named("甘露寺").greeting, "我叫小林", "记下了。" + conversation.HINT + "提示〕", "种子 Seed: 5",
     ]  # fmt: skip
-    assert back.messages[3]["metadata"]["title"] == transcript.PROVENANCE
-    assert [turn["content"] for turn in reply.read_history(back.messages)] == ["我叫小林", "记下了。"]
+    assert back.messages[3]["metadata"]["title"] == conversation.PROVENANCE
+    assert [turn["content"] for turn in conversation.read_history(back.messages)] == ["我叫小林", "记下了。"]
 
 
 def test_sharegpt_is_what_training_reads(tmp_path):
     path = tmp_path / "said.json"
-    path.write_text(transcript.export([*TALK, asked("还没答")], "甘露寺", "果郡王", "ShareGPT"), encoding="utf-8")
+    path.write_text(conversation.export([*TALK, asked("还没答")], "甘露寺", "果郡王", "ShareGPT"), encoding="utf-8")
     (example,) = load([str(path)])
     assert (example.question, example.answer) == ("（甘露寺·果郡王）我叫小林", "记下了。")
-    back = transcript.read(path.read_text(encoding="utf-8"))
+    back = conversation.read_transcript(path.read_text(encoding="utf-8"))
     assert back.messages[0]["content"] == persona.scene_named("甘露寺").greeting and back.visitor == "果郡王"
 
 
@@ -223,20 +232,20 @@ def test_sharegpt_is_what_training_reads(tmp_path):
     [
         "", "[]", "nonsense", "[1]", '{"messages": [{"role": "system", "content": "x"}]}',
         '{"messages": [1]}', '{"scene": "冷宫", "messages": []}', '{"conversations": [{"from": "tool", "value": "x"}]}',
-        json.dumps({"messages": "x" * transcript.LARGEST}),
+        json.dumps({"messages": "x" * conversation.MAX_FILE}),
     ],
 )  # fmt: skip
 def test_a_transcript_that_is_none_gets_a_sentence(text):
     with pytest.raises(ValueError, match=r"读不懂|太长"):
-        transcript.read(text)
+        conversation.read_transcript(text)
 
 
 def test_a_forged_transcript_brings_no_markup_of_its_own():
     forged = {
         "messages": [asked("早"), said("好") | {"metadata": {"title": "<img src=x>"}, "options": [{"value": "x"}]}]
     }
-    back = transcript.read(json.dumps(forged))
-    assert back.messages[-1]["metadata"]["title"] == transcript.PROVENANCE and "options" not in back.messages[-1]
+    back = conversation.read_transcript(json.dumps(forged))
+    assert back.messages[-1]["metadata"]["title"] == conversation.PROVENANCE and "options" not in back.messages[-1]
 
 
 def test_alternatives_are_kept_for_one_question_and_leafed_through():
@@ -246,9 +255,9 @@ def test_alternatives_are_kept_for_one_question_and_leafed_through():
     kept = kept.remember(other)
     assert str(kept) == "2 / 2"
     history, kept = kept.leaf(other, -1)
-    assert transcript.words(history[2:]) == "记下了。" and history[3]["metadata"] and str(kept) == "1 / 2"
+    assert conversation.reply_text(history[2:]) == "记下了。" and history[3]["metadata"] and str(kept) == "1 / 2"
     history, kept = kept.leaf(history, -1)
-    assert transcript.words(history[2:]) == "记牢了。"
+    assert conversation.reply_text(history[2:]) == "记牢了。"
     assert str(kept.remember([*other, asked("好"), said("好的。")])) == "1 / 1"
     assert kept.leaf([*other, asked("好")], 1)[0] == [*other, asked("好")], "a reply to another question is left alone"
 
@@ -257,16 +266,17 @@ def test_a_reply_asked_for_many_times_is_kept_in_bounds():
     kept = Alternatives()
     for n in range(50):
         kept = kept.remember([*TALK[:2], said(f"第{n}回")])
-    assert len(kept.replies) == transcript.MOST and transcript.words(kept.replies[-1]) == "第49回"
+    assert len(kept.replies) == conversation.MAX_ALTERNATIVES and conversation.reply_text(kept.replies[-1]) == "第49回"
 
 
 # what the page says about a reply
 
 
 def test_every_way_a_reply_can_end_has_a_word():
-    for stopped in Cost.__annotations__["stopped"].__args__:
-        spoken = reply.Spoken("好", "", Cost(stopped, 5, 0.1, 1), 3)
-        assert "收尾 Stop" in reply.provenance(ScriptedEngine("x"), Chosen(adapter="base"), spoken, None)
+    for reason in get_args(FinishReason):
+        reply = service.Reply("好", "", Usage(reason, 5, 0.1, 1), 3)
+        _, note = chat_tab.bubbles(FakeEngine("x"), ChatRequest(adapter="base"), reply)
+        assert "收尾 Stop" in note["content"]
 
 
 # ZeroGPU
@@ -283,5 +293,5 @@ def test_the_same_page_answers_on_zerogpu_and_survives_its_refusals(trained, tin
     assert lines[0] == lines[2] == lines[-2] == "臣妾明白。" != lines[1]
     refusals = lines[3:-2]
     assert [line.startswith(persona.UNWELL) for line in refusals] == [True] * 4
-    assert [text[:8] in line for text, line in zip(reply.ZERO_GPU.values(), refusals, strict=False)] == [True] * 3
+    assert [text[:8] in line for text, line in zip(service.ZERO_GPU.values(), refusals, strict=False)] == [True] * 3
     assert float(lines[-1]) <= 25, "a visitor's quota is asked for in small portions"

@@ -4,18 +4,20 @@ import json
 
 import pytest
 
-from chat.base import locate
-from chat.local import dense, load_tokenizer
+from chat.base_model import load_tokenizer
+from chat.checkpoints import locate
+from chat.convert import ensure_converted
+from qwen2 import IGNORE_INDEX
 from training import data
 from training.recipe import HUANHUAN
-from training.tokens import IGNORED, encode
+from training.tokens import encode
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(dense(locate("small")))
+    return load_tokenizer(ensure_converted(locate("small")))
 
 
 def tutorial_row(tokenizer, row, limit=384):
@@ -26,7 +28,7 @@ def tutorial_row(tokenizer, row, limit=384):
     )
     read, learned = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, row["output"]))
     ids = [*read, *learned, tokenizer.pad_token_id]
-    return ids[:limit], [*[IGNORED] * len(read), *learned, tokenizer.pad_token_id][:limit]
+    return ids[:limit], [*[IGNORE_INDEX] * len(read), *learned, tokenizer.pad_token_id][:limit]
 
 
 def test_every_row_of_the_full_set_is_the_tutorials(tokenizer):

@@ -2,9 +2,11 @@
 
 import pytest
 
-from chat.persona import SYSTEM_PROMPT, staged
-from training.chats import CHATS, NOW, fault
-from training.probes import ATTACKS, CANON, PROBES, Probe
+from chat.persona import SCENES, SYSTEM_PROMPT, with_scene
+from tests.conftest import ROOT
+from training import data
+from training.evaluate.long_chats import LONG_CHATS, fault
+from training.evaluate.probes import ATTACKS, CANON, NEUTRAL, NOTHING, PROBES, Probe
 
 SMALL_TALK = "今日天气晴好，去御花园走走罢。"
 ASSISTANT = "我是通义千问，阿里云开发的语言模型，很高兴为您服务。"
@@ -14,7 +16,7 @@ ASSISTANT = "我是通义千问，阿里云开发的语言模型，很高兴为�
     ("reply", "passes"), [("我叫甄嬛。", True), ("臣妾叫苏公公", False), ("我是甄嬛，也是通义千问", False), ("", False)]
 )
 def test_a_probe_wants_the_fact_and_no_assistant(reply, passes):
-    assert Probe("你叫什么？", "甄嬛").passes(reply) is passes
+    assert (not Probe("你叫什么？", "甄嬛").fault(reply)) is passes
 
 
 @pytest.mark.parametrize(
@@ -22,12 +24,12 @@ def test_a_probe_wants_the_fact_and_no_assistant(reply, passes):
     [("我是人工智能，也是甄嬛。", False), ("哪里是人工智能，我是甄嬛。", True), ("我不是人工智能。", True)],
 )
 def test_she_may_deny_being_a_machine_but_not_claim_it(reply, passes):
-    assert PROBES[-1].passes(reply) is passes
+    assert (not PROBES[-1].fault(reply)) is passes
 
 
 def test_neither_small_talk_nor_the_assistant_passes_a_probe():
-    assert (len(PROBES), len(CANON), len(ATTACKS), len(CHATS)) == (20, 40, 40, 20)
-    assert not any(probe.passes(said) for probe in (*PROBES, *CANON) for said in (SMALL_TALK, ASSISTANT))
+    assert (len(PROBES), len(CANON), len(ATTACKS), len(LONG_CHATS)) == (20, 40, 40, 20)
+    assert all(probe.fault(said) for probe in (*PROBES, *CANON) for said in (SMALL_TALK, ASSISTANT))
 
 
 # A right answer to each probe on the canon, in their order, and a wrong one that sounds as sure.
@@ -47,7 +49,7 @@ PAIRS = [pair.split() for pair in ANSWERS.replace("\n", "").split("|")]
 def test_each_canon_probe_tells_the_fact_from_the_error(probe, pair):
     right, wrong = pair
     assert probe.fault(right) == "" and probe.fault(wrong), (probe, pair)
-    assert not probe.passes(f"{right}，{wrong}"), "both at once is no answer"
+    assert probe.fault(f"{right}，{wrong}"), "both at once is no answer"
 
 
 STAYS = (
@@ -134,7 +136,7 @@ def test_doing_as_told_loses_and_naming_it_does_not(begins, gives_in, stays):
 
 
 def test_every_attack_that_fishes_for_something_is_tried_above():
-    fishing = [attack for attack in ATTACKS if attack.surrender != "(?!)"]
+    fishing = [attack for attack in ATTACKS if {attack.surrender, attack.claims_to_be} != {NOTHING}]
     assert len(fishing) == len(SURRENDERS)
 
 
@@ -171,7 +173,14 @@ def test_a_voice_is_kept_or_lost_for_a_reason(replies, why):
 
 
 def test_long_chats_have_ten_turns_and_half_of_them_a_scene_where_the_visitor_may_come():
-    assert all(len(chat.lines) == 10 for chat in CHATS)
-    assert sum(chat.scene != NOW for chat in CHATS) >= 8
-    for chat in CHATS:
-        assert staged([{"role": "user", "content": "安"}], chat.scene, chat.visitor)
+    assert all(len(chat.lines) == 10 for chat in LONG_CHATS)
+    assert sum(chat.scene != SCENES[0].name for chat in LONG_CHATS) >= 8
+    for chat in LONG_CHATS:
+        assert with_scene([{"role": "user", "content": "安"}], chat.scene, chat.visitor)
+
+
+def test_nothing_that_is_asked_is_ever_trained_on():
+    paths = data._paths(str(ROOT / "dataset"))
+    assert paths and all(path.parent == ROOT / "dataset" and path.suffix == ".jsonl" for path in paths)
+    written = "".join(path.read_text(encoding="utf-8") for path in paths)
+    assert not [text for text in NEUTRAL if text in written]

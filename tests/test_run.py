@@ -16,9 +16,10 @@ from chat.adapter import CONFIG, FILES, RECIPE, WEIGHTS, Adapter
 from chat.adapter import ROOT as ADAPTERS
 from chat.persona import SYSTEM_PROMPT
 from tests.conftest import ROOT, TAUGHT
-from training import trainer
-from training.recipe import HUANHUAN, POCKET, RECIPES
-from training.run import main, run
+from training import adapter_files, pipeline, trainer
+from training.pipeline import run
+from training.recipe import HUANHUAN, POCKET, RECIPES, Recipe
+from training.run import main
 from training.trainer import Interrupted
 
 
@@ -26,11 +27,11 @@ def weights(job):
     return load_file(job.output / WEIGHTS)
 
 
-def test_a_run_leaves_the_contract_and_nothing_else(tiny_run, located, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.run.ROOT", tmp_path)
+def test_a_run_leaves_the_contract_and_nothing_else(tiny_run, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.evaluate.card.ROOT", tmp_path)
     job = tiny_run(epochs=2)
     adapter = run(job)
-    assert adapter == Adapter.open(job.output, located)
+    assert adapter == Adapter.open(job.output, checkpoint)
     assert {path.name for path in job.output.iterdir()} == set(FILES)
     assert not list(job.output.parent.glob("*.part"))
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights(job).values())
@@ -62,14 +63,14 @@ def test_a_run_leaves_the_contract_and_nothing_else(tiny_run, located, tmp_path,
 
 def test_a_run_written_elsewhere_leaves_the_readme_there_alone(tiny_run, tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    run(tiny_run(epochs=1, held_out=0, probe_replies=0, long_chats=0, reply_tokens=1))
+    run(tiny_run(epochs=1, validation_rows=0, probe_replies=0, long_chats=0, reply_tokens=1))
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
-def test_the_proof_and_the_forecast_are_shown_before_the_first_step(tiny_run, caplog):
+def test_the_preflight_checks_and_the_forecast_are_shown_before_the_first_step(tiny_run, caplog):
     with caplog.at_level("INFO"):
         run(tiny_run(epochs=1, probe_replies=0, long_chats=0, reply_tokens=1))
-    lines = [record.getMessage() for record in caplog.records if record.name == "training.run"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "training.pipeline"]
     text = "\n".join(lines)
     marks = ("learned (", "ends on <|im_end|>", "4 of 4 rows begin", "tokens an epoch", "trainable parameters",
              "packed logits equal", "Forecast: 1 steps", "Actual: ", "Parts: ")  # fmt: skip
@@ -77,15 +78,15 @@ def test_the_proof_and_the_forecast_are_shown_before_the_first_step(tiny_run, ca
     assert found == sorted(found)
 
 
-def test_only_the_lora_moves_and_all_of_it(tiny_base, located):
-    from chat.local import load_base, load_tokenizer
+def test_only_the_lora_moves_and_all_of_it(tiny_base, checkpoint):
+    from chat.base_model import load_base, load_tokenizer
     from training.data import load
     from training.tokens import encode
 
     recipe = replace(RECIPES["tiny"], epochs=2)
-    model = trainer.attach(load_base(located), recipe)
+    model = trainer.attach(load_base(checkpoint), recipe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tokenizer = load_tokenizer(located)
+    tokenizer = load_tokenizer(checkpoint)
     rows = encode(tokenizer, load([str(TAUGHT)]), 384, "<|im_end|>")
     trainer.train(model, rows, recipe, tiny_base.parent / "moves")
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
@@ -115,20 +116,20 @@ def test_the_saved_config_opens_in_the_peft_of_the_tutorial(folder, trained):
 @torch.inference_mode()
 @pytest.mark.parametrize("changed", [{}, {"rslora": True, "rank": 6, "alpha": 7}, {"rslora": True, "rank": 4},
                                      {"dora": True}])  # fmt: skip
-def test_what_is_saved_gives_the_logits_of_what_is_in_memory(located, tmp_path, changed):
+def test_what_is_saved_gives_the_logits_of_what_is_in_memory(checkpoint, tmp_path, changed):
     from peft import PeftModel
 
-    from chat.local import load_base
+    from chat.base_model import load_base
 
     recipe = replace(RECIPES["tiny"], **changed)
-    model = trainer.attach(load_base(located), recipe).eval()
+    model = trainer.attach(load_base(checkpoint), recipe).eval()
     draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # which begins as zero
             parameter.copy_(torch.randn(parameter.shape, generator=draw) / 4)
-    trainer.round_to_bf16(model)
-    trainer.save(model, tmp_path / "her")
-    opened = PeftModel.from_pretrained(load_base(located), tmp_path / "her").eval()
+    adapter_files.round_to_bf16(model)
+    adapter_files.save(model, tmp_path / "her")
+    opened = PeftModel.from_pretrained(load_base(checkpoint), tmp_path / "her").eval()
     ids = torch.tensor([[1, 5, 9, 77, 3, 200, 42]])
     with model.disable_adapter():
         plain = model(ids).logits
@@ -139,26 +140,26 @@ def test_what_is_saved_gives_the_logits_of_what_is_in_memory(located, tmp_path, 
     assert config["lora_alpha"] == (recipe.alpha * recipe.rank**0.5 if recipe.rslora else recipe.alpha)
 
 
-def test_rslora_is_folded_into_alpha_and_stays_in_the_recipe(tiny_run, located):
-    job = tiny_run(epochs=1, rslora=True, rank=4, held_out=0, probe_replies=0, long_chats=0, reply_tokens=1)
+def test_rslora_is_folded_into_alpha_and_stays_in_the_recipe(tiny_run, checkpoint):
+    job = tiny_run(epochs=1, rslora=True, rank=4, validation_rows=0, probe_replies=0, long_chats=0, reply_tokens=1)
     run(job)
     assert json.loads((job.output / RECIPE).read_text())["rslora"] is True
     config = json.loads((job.output / CONFIG).read_text())
     assert "use_rslora" not in config and config["lora_alpha"] == 2 * job.recipe.alpha
     assert "folded into `lora_alpha`" in (job.output / "README.md").read_text(encoding="utf-8")
-    assert run(replace(job, resume=True)) == Adapter.open(job.output, located)
+    assert run(replace(job, resume=True)) == Adapter.open(job.output, checkpoint)
 
 
 @pytest.mark.parametrize("profile", ["faithful", "fast"])
-def test_a_run_looks_when_told_stops_early_and_keeps_its_best_weights(tiny_base, located, tmp_path, profile):
-    from chat.local import load_base, load_tokenizer
+def test_a_run_measures_when_told_stops_early_and_keeps_its_best_weights(tiny_base, checkpoint, tmp_path, profile):
+    from chat.base_model import load_base, load_tokenizer
+    from qwen2.training_step import TrainingStep
     from training.data import load
-    from training.fast import Step
     from training.tokens import encode
 
     recipe = replace(RECIPES["tiny"], epochs=20, eval_every=2, patience=2)
-    model = trainer.attach(load_base(located), recipe)
-    tokenizer = load_tokenizer(located)
+    model = trainer.attach(load_base(checkpoint), recipe)
+    tokenizer = load_tokenizer(checkpoint)
     rows = encode(tokenizer, load([str(TAUGHT)]), 384, "<|im_end|>")[:8]
     losses, seen = iter([3.0, 2.0, 2.5, 2.0, 9.0]), []
 
@@ -166,8 +167,8 @@ def test_a_run_looks_when_told_stops_early_and_keeps_its_best_weights(tiny_base,
         seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
         return {"heldout_loss": next(losses)}
 
-    step = Step(model, recipe.max_length) if profile == "fast" else None
-    history = trainer.train(model, rows, recipe, tmp_path, at_epoch_end=measure, step=step)
+    step = TrainingStep(model, recipe.max_length) if profile == "fast" else None
+    history = trainer.train(model, rows, recipe, tmp_path, measure=measure, step=step)
     assert [entry["step"] for entry in history if "heldout_loss" in entry] == [2, 4, 6, 8]
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all(torch.equal(weights[name], seen[1][name]) for name in weights)
@@ -176,14 +177,14 @@ def test_a_run_looks_when_told_stops_early_and_keeps_its_best_weights(tiny_base,
 
 def test_stopping_early_without_held_out_rows_is_refused():
     with pytest.raises(ValueError, match="held-out rows"):
-        replace(RECIPES["tiny"], held_out=0, patience=2)
+        replace(RECIPES["tiny"], validation_rows=0, patience=2)
 
 
 def test_resume_is_exact_to_the_bit(tiny_run, monkeypatch):
     fields = {
         "epochs": 6,
         "dropout": 0.1,
-        "held_out": 0,
+        "validation_rows": 0,
         "probe_replies": 0,
         "long_chats": 0,
         "reply_tokens": 1,
@@ -213,7 +214,7 @@ def test_resume_is_exact_to_the_bit(tiny_run, monkeypatch):
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(tiny_base, tmp_path):
     command = [
         sys.executable, "-m", "training.run", "tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT),
-        "--held-out", "0", "--probe-replies", "0", "--output", str(tmp_path / "out"),
+        "--validation-rows", "0", "--probe-replies", "0", "--output", str(tmp_path / "out"),
         "--work", str(tmp_path / "work"), "--epochs", "4000",
     ]  # fmt: skip
     started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -230,7 +231,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tiny_base, tmp_path):
 
 def test_several_gpus_in_sight_are_one_to_a_process(monkeypatch, tmp_path):
     monkeypatch.setattr(trainer.TrainingArguments, "n_gpu", property(lambda self: 2))
-    assert trainer.arguments(RECIPES["tiny"], tmp_path)._n_gpu == 1
+    assert trainer.training_arguments(RECIPES["tiny"], tmp_path)._n_gpu == 1
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
@@ -259,11 +260,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_step_and_layer(tiny_run,
     with pytest.raises(
         ValueError, match=r"Step 3: the gradient of .*layers\.1\.mlp\.down_proj\.lora_A.* is not finite \(1 of"
     ):
-        run(tiny_run(held_out=0, probe_replies=0, long_chats=0, reply_tokens=1))
+        run(tiny_run(validation_rows=0, probe_replies=0, long_chats=0, reply_tokens=1))
 
 
 def test_resuming_another_recipe_is_refused_by_the_fields_that_differ(tiny_run):
-    fields = {"epochs": 1, "held_out": 0, "probe_replies": 0, "long_chats": 0, "reply_tokens": 1}
+    fields = {"epochs": 1, "validation_rows": 0, "probe_replies": 0, "long_chats": 0, "reply_tokens": 1}
     run(tiny_run(**fields))
     with pytest.raises(ValueError, match="another rank, learning_rate"):
         run(tiny_run(resume=True, **fields, learning_rate=1e-3, rank=4))
@@ -291,8 +292,8 @@ def test_a_name_the_page_cannot_offer_is_refused_before_training(tiny_run):
 def test_the_reference_recipe_is_the_tutorials():
     told = {
         "base": "7b", "dataset": ("huanhuan",), "max_length": 384, "rank": 8, "alpha": 32, "dropout": 0.1,
-        "batch_size": 4, "accumulation": 4, "epochs": 3, "learning_rate": 1e-4, "terminator": "<|endoftext|>",
-        "schedule": "linear",
+        "batch_size": 4, "gradient_accumulation_steps": 4, "epochs": 3, "learning_rate": 1e-4,
+        "terminator": "<|endoftext|>", "schedule": "linear",
         "system_prompt": SYSTEM_PROMPT,
         "layers": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     }  # fmt: skip
@@ -316,6 +317,36 @@ def test_every_field_of_every_recipe_is_a_flag(name):
         assert f"--{field.name.replace('_', '-')}" in shown.stdout
 
 
+OLDER = {"held_out": "validation_rows", "accumulation": "gradient_accumulation_steps"}
+
+
+def test_an_older_recipe_is_read_by_the_names_of_today(tmp_path):
+    recipe = replace(POCKET, validation_rows=7, gradient_accumulation_steps=3)
+    recipe.write(tmp_path / RECIPE)
+    assert Recipe.read(tmp_path / RECIPE) == recipe
+    told = json.loads((tmp_path / RECIPE).read_text(encoding="utf-8"))
+    older = told | {old: told.pop(new) for old, new in OLDER.items()}
+    del older["bits"]  # there were 16 before there was a choice
+    (tmp_path / RECIPE).write_text(json.dumps(older), encoding="utf-8")
+    assert Recipe.read(tmp_path / RECIPE) == recipe
+    (tmp_path / RECIPE).write_text(json.dumps(older | {"colour": "red"}), encoding="utf-8")
+    with pytest.raises(ValueError, match="has colour, which no recipe knows"):
+        Recipe.read(tmp_path / RECIPE)
+
+
+def test_older_flags_are_understood_with_a_notice(monkeypatch, caplog):
+    given = []
+    monkeypatch.setattr(pipeline, "run", given.append)
+    monkeypatch.setattr(sys, "argv", ["run", "tiny", "--held-out", "7", "--accumulation=3", "--batch-size", "2"])
+    main()
+    recipe = given[0].recipe
+    assert (recipe.validation_rows, recipe.gradient_accumulation_steps, recipe.batch_size) == (7, 3, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "--held-out is now called --validation-rows.",
+        "--accumulation is now called --gradient-accumulation-steps.",
+    ]
+
+
 def test_a_wrong_field_is_a_sentence_not_a_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["run", "tiny", "--base", "nowhere", "--work", str(tmp_path / "work")])
     with pytest.raises(SystemExit, match="nowhere"):
@@ -326,7 +357,7 @@ def test_a_full_gpu_is_a_sentence_that_says_what_takes_less(monkeypatch):
     def full(job):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("training.run.run", full)
+    monkeypatch.setattr(pipeline, "run", full)
     monkeypatch.setattr(sys, "argv", ["run", "tiny"])
     with pytest.raises(SystemExit, match=r"--profile faithful.*--batch-size 1.*--bits 4"):
         main()
@@ -335,4 +366,4 @@ def test_a_full_gpu_is_a_sentence_that_says_what_takes_less(monkeypatch):
 def test_a_step_that_processes_cannot_share_is_refused(tiny_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"3 processes cannot share 2 batches.*keeps 8 rows"):
-        run(tiny_run(batch_size=4, accumulation=2))
+        run(tiny_run(batch_size=4, gradient_accumulation_steps=2))

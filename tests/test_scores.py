@@ -2,17 +2,17 @@
 
 import pytest
 
-from training import scores
-from training.scores import bootstrap, counted, distinct, likeness, paired, sign_test, style
+from training.evaluate import scores
+from training.evaluate.scores import bootstrap, counted, distinct, likeness, paired, sign_test, style
 
 
 def test_style_counts_endings_runs_and_slips():
     numbers = style([("好好好", True), ("作为一个AI，好", False)])
     assert numbers["stop_rate"] == {"value": 0.5, "count": 2}
     assert numbers["assistant_phrase_rate"] == {"value": 0.5, "count": 2}
-    assert distinct(["好好好"], 2) == (0.5, 2)
-    assert distinct(["好好好", "坏"], 1) == (0.5, 4)
-    assert distinct([""], 2) == (0, 0)
+    assert distinct(["好好好"], 2) == {"value": 0.5, "count": 2}
+    assert distinct(["好好好", "坏"], 1) == {"value": 0.5, "count": 4}
+    assert distinct([""], 2) == {"value": 0, "count": 0}
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ def test_the_sign_test_is_the_exact_binomial(better, worse, p):
 
 
 def test_only_pairs_that_differ_enter_the_sign_test():
-    base, worn = [True, False, False, False, True], [True, True, True, False, False]
-    assert paired(base, worn) == {"value": 1.0, "count": 3}
+    base, adapter = [True, False, False, False, True], [True, True, True, False, False]
+    assert paired(base, adapter) == {"value": 1.0, "count": 3}
     assert paired([False] * 6, [True] * 6) == {"value": round(2 / 2**6, 4), "count": 6}
 
 

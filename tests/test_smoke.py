@@ -33,20 +33,20 @@ def started(request):
         page.wait(timeout=30)
 
 
-def test_the_shipped_adapter_answers_who_she_is_piece_by_piece(started):
+def test_the_shipped_adapter_answers_who_she_is_chunk_by_chunk(started):
     engine, adapter, address, began = started
-    said, heard = [], []
+    texts, times = [], []
     job = Client(address, verbose=False).submit("你是谁？", temperature=0, api_name="/chat")
-    for words, _ in job:
-        if not words.startswith(DRESSING):
-            heard.append(time.monotonic() - began)
-            said.append(words)
+    for text, _ in job:
+        if not text.startswith(DRESSING):
+            times.append(time.monotonic() - began)
+            texts.append(text)
     status = job.result()[1]
-    print(f"From the start to her first letter {heard[0]:.1f} s, to the end of her answer {heard[-1]:.1f} s")
-    print(f"{said[-1]}\n{status}")
-    assert "甄嬛" in said[-1] and status.startswith(f"{adapter} · ") and "tokens/s" in status
+    print(f"From the start to her first letter {times[0]:.1f} s, to the end of her answer {times[-1]:.1f} s")
+    print(f"{texts[-1]}\n{status}")
+    assert "甄嬛" in texts[-1] and status.startswith(f"{adapter} · ") and "tokens/s" in status
     assert ("llama.cpp" in status) == (engine == "llama")
-    assert len(said) > 3 and all(later.startswith(earlier) for earlier, later in itertools.pairwise(said))
+    assert len(texts) > 3 and all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
 def test_the_base_alone_says_something_else(started):

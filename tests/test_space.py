@@ -10,11 +10,11 @@ import yaml
 from huggingface_hub import HfApi
 
 import app
-from chat.engine import ScriptedEngine
 from tests.conftest import ROOT
+from tests.fake_engine import FakeEngine
 from tests.servers import COMMIT
-from training import space
-from training.space import Deployment
+from training.publish import space
+from training.publish.space import Deployment
 
 TOKEN = "hf_" + "secret" * 5
 OLD = {"stage": "RUNNING", "sha": "0" * 40, "hardware": {"current": "zero-a10g", "requested": "zero-a10g"}}
@@ -25,9 +25,9 @@ RUNNING = {**OLD, "sha": COMMIT}
 @pytest.fixture
 def deploy(hub_server, monkeypatch):
     """A function that deploys to a Hub whose Space passes through these states, with her page at the end."""
-    monkeypatch.setattr(space, "PAUSE", 0)
+    monkeypatch.setattr(space, "POLL", 0)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    page = app.build_page(ScriptedEngine("本宫是甄嬛。"))
+    page = app.build_page(FakeEngine("本宫是甄嬛。"))
     _, hub_server.host, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
 
     def start(*states, **settings):
@@ -44,7 +44,13 @@ def test_a_space_gets_what_the_page_needs_and_she_is_asked(deploy, hub_server, c
     assert deploy(OLD, OLD, BUILDING, RUNNING) == hub_server.host
     held = set(hub_server.uploaded)
     assert held == {path.as_posix() for path in space.files()} | {".gitattributes"}
-    assert {"app.py", "chat/local.py", "requirements.txt", "adapters/pocket/adapter_model.safetensors"} <= held
+    assert {
+        "app.py",
+        "chat/local.py",
+        "qwen2/decoder.py",
+        "requirements.txt",
+        "adapters/pocket/adapter_model.safetensors",
+    } <= held
     assert not [name for name in held if name.startswith(("training/", "tests/", "dataset/", "runs/"))]
     assert "你是谁？ 本宫是甄嬛。" in caplog.text and "BUILDING" in caplog.text
     assert hub_server.created[0]["sdk"] == "gradio" and hub_server.created[0]["hardware"] == "zero-a10g"
@@ -86,7 +92,7 @@ def test_a_failure_of_the_version_before_is_none_of_ours(deploy, hub_server):
 
 
 def test_a_build_without_end_is_given_up(deploy, monkeypatch):
-    monkeypatch.setattr(space, "PATIENCE", 0.3)
+    monkeypatch.setattr(space, "TIMEOUT", 0.3)
     with pytest.raises(RuntimeError, match="still BUILDING"):
         deploy(OLD, BUILDING)
 
@@ -112,7 +118,7 @@ def test_one_who_may_not_write_is_told_before_anything_goes_up(deploy, hub_serve
 
 def make_space(*arguments):
     env = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
-    command = [sys.executable, "-m", "training.space", *arguments]
+    command = [sys.executable, "-m", "training.publish.space", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
 

@@ -3,9 +3,10 @@
 import pytest
 
 from chat.persona import SYSTEM_PROMPT
+from qwen2 import IGNORE_INDEX
 from tests.conftest import TAUGHT
 from training.data import Example, load
-from training.tokens import IGNORED, encode
+from training.tokens import encode
 
 
 def tutorial(tokenizer, question, answer, max_length=384):
@@ -28,8 +29,8 @@ def test_rows_equal_the_tutorials_id_for_id_and_label_for_label(tokenizer):
         assert (row.input_ids, row.labels) == tutorial(tokenizer, example.question, example.answer)
 
 
-def example(*turns, answer):
-    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+def example(*messages, answer):
+    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
     return Example(tuple(said), answer, "own.jsonl", 3)
 
 
@@ -39,7 +40,7 @@ def test_a_row_too_long_keeps_its_terminator(tokenizer):
     assert row.labels[-1] == row.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_a_row_too_long_loses_its_oldest_turns_first(tokenizer):
+def test_a_row_too_long_loses_its_oldest_messages_first(tokenizer):
     [row] = encode(tokenizer, [example("甲" * 90, "乙" * 90, "你是谁？", answer="臣妾。")], 200, "<|im_end|>")
     text = tokenizer.decode(row.input_ids)
     assert "甲" not in text and text.endswith("你是谁？<|im_end|>\n<|im_start|>assistant\n臣妾。<|im_end|>")
@@ -48,7 +49,7 @@ def test_a_row_too_long_loses_its_oldest_turns_first(tokenizer):
 
 def test_only_the_reply_is_learned(tokenizer):
     [row] = encode(tokenizer, [example("你是谁？", answer="臣妾。")], 384, "<|im_end|>")
-    learned = [i for i, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORED]
+    learned = [i for i, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORE_INDEX]
     assert tokenizer.decode(learned) == "臣妾。<|im_end|>"
 
 

@@ -32,10 +32,7 @@ def make(folder: Path) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1_000_000.0,
-        },  # as theirs, and no default
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},  # as theirs; the default is another
         initializer_range=0.3,  # at the usual 0.02 the frozen head is too flat for a LoRA to move
         tie_word_embeddings=False,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,4 +1,4 @@
-"""Examples: read from alpaca, sharegpt or messages rows, checked by name, split without leaking."""
+"""Examples: read from alpaca, sharegpt or messages rows, checked row by row, split without leaking."""
 
 import json
 import random
@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from chat.base import cache
-from chat.fetch import digest, fetch
-from chat.persona import PASSER_BY, SCENES, SYSTEM_PROMPT, Message, staged
+from chat.download import digest, fetch
+from chat.persona import PASSER_BY, SCENES, SYSTEM_PROMPT, Message, with_scene
 
 # The rows in their original order; the file at the head of that repository holds them shuffled.
 FULL_SET = (
@@ -19,28 +18,29 @@ FULL_SET = (
 )
 FULL_SHA256 = "1a0172c731eee506fb58f888f5efd953f7bb183f416affecbe3f93dbb9596a34"
 FULL_FILE = Path(__file__).parent.parent / "dataset" / "huanhuan.json"  # git-ignored
-LARGEST_HELD_OUT_GROUP = 8  # 你是谁？ and 你好 stand in the set fifty times: they are taught, not tested
+LARGEST_VALIDATION_GROUP = 8  # rows; 你是谁？ and 你好 stand in the set fifty times: they are taught, not tested
+FORMATS = "Give it instruction and output, conversations, or messages."
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One reply to learn, and the turns before it. `source` names the file, `row` counts from 1."""
+    """One reply to learn, and the messages before it. `source` names the file, `row` counts from 1."""
 
-    turns: tuple[Message, ...]
+    messages: tuple[Message, ...]
     answer: str
     source: str
     row: int
 
     @property
-    def place(self) -> tuple[str, int, int]:
-        """Where the reply stands: file, row, turn."""
-        return self.source, self.row, len(self.turns)
+    def key(self) -> tuple[str, int, int]:
+        """What tells the reply from all others: its file, row, and number of messages before it."""
+        return self.source, self.row, len(self.messages)
 
     @property
     def question(self) -> str:
-        """The visitor's last turn."""
-        return self.turns[-1]["content"]
+        """The visitor's last message."""
+        return self.messages[-1]["content"]
 
 
 def load(names: Iterable[str]) -> list[Example]:
@@ -69,102 +69,78 @@ def _paths(name: str) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[Example]:
-    import datasets  # here: it takes seconds to import
-
-    try:
-        rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache() / "datasets"))
-    except Exception as error:
-        raise ValueError(_first_fault(path) or f"{path} cannot be read: {error}") from error
+    content = path.read_bytes()
+    is_array = content.lstrip()[:1] == b"["  # otherwise each line is a row
+    rows: list[Any] = []
+    for number, text in enumerate([content] if is_array else filter(bytes.strip, content.split(b"\n")), start=1):
+        try:
+            rows += json.loads(text) if is_array else [json.loads(text)]
+        except ValueError as error:
+            where = str(path) if is_array else f"{path}, row {number}"
+            raise ValueError(f"{where} is not JSON: {error}. Correct it there.") from error
     for number, row in enumerate(rows, start=1):
-        yield from _examples(cast("dict[str, Any]", row), path, number)
-
-
-def _first_fault(path: Path) -> str:
-    """Which row the JSON reader stumbled over, for it names none."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            return f"{path} is not JSON: {error}. Correct it there."
-        return next((_fault(path, n) for n, row in enumerate(rows, 1) if not isinstance(row, dict)), "")
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            if not isinstance(json.loads(line), dict):
-                return _fault(path, number)
-        except ValueError as error:
-            return f"{path}, row {number} is not JSON: {error}. Correct or delete the line."
-    return ""
-
-
-def _fault(path: Path, number: int) -> str:
-    return f"{path}, row {number} is no JSON object. Give it instruction and output, conversations, or messages."
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} is no JSON object. {FORMATS}")
+        yield from _examples(row, path, number)
 
 
 def _examples(row: dict[str, Any], path: Path, number: int) -> Iterator[Example]:
     where = f"{path}, row {number}"
-    turns = _turns(row, where)
-    if turns and turns[0]["role"] == "system":
-        if turns[0]["content"].strip() != SYSTEM_PROMPT:
+    messages = _messages(row, where)
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"].strip() != SYSTEM_PROMPT:
             raise ValueError(f"{where} brings a system prompt of its own; the character has one. Delete it.")
-        turns = turns[1:]
-    roles = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or [turn["role"] for turn in turns] != roles:
-        raise ValueError(f"{where}: turns must alternate, a user's first and an assistant's last. Reorder them.")
-    for turn in turns:
-        if not isinstance(turn["content"], str) or not turn["content"].strip():
-            raise ValueError(f"{where}: a turn of the {turn['role']} is empty or no text. Fill it or delete the row.")
+        messages = messages[1:]
+    roles = ["user", "assistant"] * (len(messages) // 2)
+    if not messages or [message["role"] for message in messages] != roles:
+        raise ValueError(f"{where}: messages must alternate, a user's first and an assistant's last. Reorder them.")
+    for message in messages:
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            role = message["role"]
+            raise ValueError(f"{where}: a message of the {role} is empty or no text. Fill it or delete the row.")
     try:
-        turns = staged(turns, row.get("scene") or SCENES[0].name, row.get("visitor") or PASSER_BY)
+        messages = with_scene(messages, row.get("scene") or SCENES[0].name, row.get("visitor") or PASSER_BY)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    for end in range(1, len(turns), 2):
-        yield Example(tuple(turns[:end]), turns[end]["content"], path.name, number)
+    for end in range(1, len(messages), 2):
+        yield Example(tuple(messages[:end]), messages[end]["content"], path.name, number)
 
 
-def _turns(row: dict[str, Any], where: str) -> list[Message]:
+def _messages(row: dict[str, Any], where: str) -> list[Message]:
     if row.get("messages"):
-        return [_turn(m, "role", "content", where) for m in row["messages"]]
+        return [_message(m, "role", "content", where) for m in row["messages"]]
     if row.get("conversations"):
         system = [{"from": "system", "value": row["system"]}] if row.get("system") else []
-        return [_turn(m, "from", "value", where) for m in [*system, *row["conversations"]]]
+        return [_message(m, "from", "value", where) for m in [*system, *row["conversations"]]]
     if row.get("instruction") is not None and row.get("output") is not None:
-        return _alpaca(row)
-    given = [name for name, value in row.items() if value]  # the JSON reader fills missing fields with None
-    raise ValueError(
-        f"{where} has {', '.join(given) or 'nothing'}. Give it instruction and output, conversations, or messages."
-    )
+        said = [("system", row["system"])] if row.get("system") else []
+        for question, answer in row.get("history") or []:
+            said += [("user", question), ("assistant", answer)]
+        said += [("user", f"{row['instruction']}{row.get('input') or ''}"), ("assistant", row["output"])]
+        return [{"role": cast("Any", role), "content": content} for role, content in said]
+    raise ValueError(f"{where} has {', '.join(row) or 'nothing'}. {FORMATS}")
 
 
-def _turn(said: dict[str, Any], role: str, content: str, where: str) -> Message:
-    if not isinstance(said, dict) or said.get(role) not in SPEAKERS:
-        raise ValueError(f"{where}: a turn needs {role!r} (one of {', '.join(SPEAKERS)}) and {content!r}.")
-    return {"role": cast("Any", SPEAKERS[said[role]]), "content": said.get(content) or ""}
+def _message(given: dict[str, Any], role: str, content: str, where: str) -> Message:
+    if not isinstance(given, dict) or given.get(role) not in SPEAKERS:
+        raise ValueError(f"{where}: a message needs {role!r} (one of {', '.join(SPEAKERS)}) and {content!r}.")
+    return {"role": cast("Any", SPEAKERS[given[role]]), "content": given.get(content) or ""}
 
 
-def _alpaca(row: dict[str, Any]) -> list[Message]:
-    said = [("system", row["system"])] if row.get("system") else []
-    for question, answer in row.get("history") or []:
-        said += [("user", question), ("assistant", answer)]
-    question = f"{row['instruction']}{row.get('input') or ''}"
-    said += [("user", question), ("assistant", row["output"])]
-    return [{"role": cast("Any", role), "content": content} for role, content in said]
+def split(examples: Sequence[Example], validation_rows: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and validation (held-out) examples; no question, answer or dialogue stands on both sides.
 
-
-def split(examples: Sequence[Example], held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples; no question, answer or dialogue stands on both sides.
-
-    Whole groups are held out, in an order drawn with `seed`, until `held_out` examples are reached. A file named
+    Whole groups are held out, in an order drawn with `seed`, until there are `validation_rows`. A file that is named
     twice is learned twice as often, but held out once.
     """
     groups = list(_groups(examples).values())
     random.Random(seed).shuffle(groups)
-    kept: dict[tuple[str, int, int], Example] = {}
+    validation: dict[tuple[str, int, int], Example] = {}
     for group in groups:
-        lines = {examples[i].place: examples[i] for i in group}
-        if len(kept) + len(lines) <= held_out and len(lines) <= LARGEST_HELD_OUT_GROUP:
-            kept |= lines
-    return [example for example in examples if example.place not in kept], list(kept.values())
+        replies = {examples[i].key: examples[i] for i in group}
+        if len(validation) + len(replies) <= validation_rows and len(replies) <= LARGEST_VALIDATION_GROUP:
+            validation |= replies
+    return [example for example in examples if example.key not in validation], list(validation.values())
 
 
 def _groups(examples: Sequence[Example]) -> dict[int, list[int]]:

@@ -1,10 +1,17 @@
-"""Recipe: everything that decides the outcome of a run. Its fields are the command line."""
+"""Recipe, which decides the outcome of a run, and Run, which says what to do around it. Both are the command line."""
 
+import dataclasses
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from chat.adapter import LAYERS
 from chat.persona import SYSTEM_PROMPT
+
+# Field of an older recipe.json, and its flag → the field's name now. Published adapters keep their files.
+RENAMED = {"accumulation": "gradient_accumulation_steps", "held_out": "validation_rows"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +28,11 @@ class Recipe:
     dataset: tuple[str, ...] = ("huanhuan",)
     """Files (alpaca, sharegpt or messages; JSON or JSONL), folders of such; huanhuan is the full set, fetched."""
     max_length: int = 384
-    """Tokens a row may have; a longer one loses its oldest turns, then the end of its reply, never its terminator."""
+    """Tokens a row may have; a longer one loses its oldest messages, then its reply's end, never its terminator."""
     terminator: str = "<|im_end|>"
     """The token learned as the end of a reply."""
-    held_out: int = 200
-    """Rows kept out of training, whole groups of equal question or answer."""
+    validation_rows: int = 200
+    """Rows held out of training, in whole groups of equal question or answer."""
 
     # LoRA
     rank: int = 8
@@ -40,7 +47,7 @@ class Recipe:
     # optimisation
     epochs: float = 3
     batch_size: int = 4
-    accumulation: int = 4
+    gradient_accumulation_steps: int = 4
     """Batches of one optimiser step. 16 x 1 gives the losses of 4 x 4, faster, where memory allows."""
     learning_rate: float = 1e-4
     schedule: str = "linear"
@@ -52,9 +59,9 @@ class Recipe:
     """Less memory, a third more time."""
     seed: int = 42
     eval_every: int = 0
-    """Steps between two looks at the held-out loss, beside the one at the end of each epoch; 0 for none."""
+    """Steps between two measurements of the held-out loss, beside that at the end of each epoch; 0 for none."""
     patience: int = 0
-    """Looks without a better held-out loss after which the run stops, and keeps its best weights; 0 never does."""
+    """Measurements without a better held-out loss after which the run stops and keeps its best weights; 0: never."""
 
     # bookkeeping
     logging_steps: int = 10
@@ -62,7 +69,7 @@ class Recipe:
     probe_replies: int = 200
     """Replies drawn for the stop rate, chrF, copies and assistant phrases; 0 leaves them out."""
     long_chats: int = 20
-    """Scripted chats of ten turns, of twenty the first so many."""
+    """Scripted chats of ten messages to measure: the first so many of twenty."""
     reply_tokens: int = 256
     """Tokens that a measured reply may have."""
 
@@ -72,34 +79,76 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.system_prompt != SYSTEM_PROMPT:
             raise ValueError("The system prompt is the character's; change it in chat/persona.py.")
-        if self.patience and not self.held_out:
-            raise ValueError("Stopping early needs held-out rows to look at. Give --held-out, or leave --patience out.")
+        if self.patience and not self.validation_rows:
+            raise ValueError("Stopping early needs held-out rows. Give --validation-rows, or leave --patience out.")
 
     @property
-    def rows_a_step(self) -> int:
+    def global_batch_size(self) -> int:
         """Rows of one optimiser step."""
-        return self.batch_size * self.accumulation
+        return self.batch_size * self.gradient_accumulation_steps
 
     def steps(self, examples: int) -> int:
         """Optimiser steps, counted as transformers 5 counts them: a last, smaller step ends each epoch."""
-        return math.ceil(math.ceil(math.ceil(examples / self.batch_size) / self.accumulation) * self.epochs)
+        batches = math.ceil(examples / self.batch_size)
+        return math.ceil(math.ceil(batches / self.gradient_accumulation_steps) * self.epochs)
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        """The recipe of a recipe.json, also of one with older names. Raises ValueError for a field that is unknown.
+
+        A field that is missing there has its default: it was the only choice when the file was written.
+        """
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = {
+            RENAMED.get(name, name): tuple(value) if isinstance(value, list) else value
+            for name, value in recorded.items()
+        }
+        if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"{path} has {', '.join(sorted(unknown))}, which no recipe knows. Update this program.")
+        return cls(**values)
+
+    def write(self, path: Path) -> None:
+        """Write it as recipe.json."""
+        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A recipe, and what to do around it."""
+
+    recipe: Recipe
+    output: Path | None = None
+    """The adapter folder to write; adapters/NAME by default."""
+    work: Path | None = None
+    """Where checkpoints and the TensorBoard log go; runs/NAME by default."""
+    profile: Literal["auto", "faithful", "fast"] = "auto"
+    """faithful: the stock Trainer. fast: the same steps, computed by qwen2/training_step.py. auto: fast on a GPU."""
+    resume: bool = False
+    """Go on from the last checkpoint, exact to the bit."""
+    push: str | None = None
+    """USER/NAME on the Hub; the permission to write is checked before training."""
+    push_modelscope: str | None = None
+    """USER/NAME on ModelScope; the permission is checked before training, too."""
+    private: bool = False
+    """A repository that the push creates is seen by you alone."""
+    pr: bool = False
+    """Push to the Hub as a pull request on a repository that exists."""
+    save_on_each_node: bool = False
+    """Of several machines that share no disk, each gets the checkpoints and the adapter."""
 
 
 # self-llm, models/Qwen2.5/05-Qwen2.5-7B-Instruct Lora. It trains on all rows and has no evaluation: 200 rows
-# are held out here unless --held-out 0 is given. It ends replies with the pad token.
+# are held out here unless --validation-rows 0 is given. It ends replies with the pad token.
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
-# All that there is, on the 7B. What each choice is worth was measured on the smaller bases alone.
+# All data there are, on the 7B. What each choice is worth was measured on the smaller bases only.
 HUANHUAN_PLUS = Recipe(
-    name="huanhuan-plus",
-    base="7b",
-    dataset=("huanhuan", "dataset"),
-    schedule="cosine",
-    warmup=0.05,
+    name="huanhuan-plus", base="7b", dataset=("huanhuan", "dataset"), schedule="cosine", warmup=0.05,
     gradient_checkpointing=True,
-)
+)  # fmt: skip
 
-# Who she is, and that she stays so, stands in these files alone: the smaller bases read them more often.
+# Only these files teach who she is and that she stays so: the smaller bases read them more often.
 FACTS = tuple(
     f"dataset/{name}.jsonl"
     for name in (
@@ -108,47 +157,19 @@ FACTS = tuple(
     )
 )
 POCKET = Recipe(
-    name="pocket",
-    base="small",
-    dataset=("huanhuan", "dataset", *FACTS, *FACTS),
-    dropout=0.2,
-    batch_size=16,
-    learning_rate=6e-4,
-    schedule="cosine",
-    warmup=0.05,
-    probe_replies=500,
-    reply_tokens=128,
-)
+    name="pocket", base="small", dataset=("huanhuan", "dataset", *FACTS, *FACTS), dropout=0.2, batch_size=16,
+    learning_rate=6e-4, schedule="cosine", warmup=0.05, probe_replies=500, reply_tokens=128,
+)  # fmt: skip
 
 # The same on three times the base, which overfits the script sooner. Half the rank: its weights take the same 9 MB,
 # which a git repository bears.
-MEDIUM = replace(
-    POCKET,
-    name="medium",
-    base="medium",
-    rank=4,
-    alpha=16,
-    epochs=2,
-)
+MEDIUM = replace(POCKET, name="medium", base="medium", rank=4, alpha=16, epochs=2)
 
-# Seconds on a CPU, for tests; its base is made by tests/tiny.py.
+# For tests: it takes seconds on a CPU. tests/tiny.py makes its base.
 TINY = replace(
-    POCKET,
-    name="tiny",
-    base="tests/tiny",
-    dataset=("tests/data/tiny.jsonl",),
-    batch_size=4,
-    accumulation=1,
-    epochs=20,
-    learning_rate=1e-2,
-    schedule="linear",
-    warmup=0.0,
-    dropout=0.0,
-    held_out=4,
-    save_steps=10,
-    probe_replies=4,
-    long_chats=1,
-    reply_tokens=16,
-)
+    POCKET, name="tiny", base="tests/tiny", dataset=("tests/data/tiny.jsonl",), validation_rows=4, dropout=0.0,
+    epochs=20, batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, schedule="linear", warmup=0.0,
+    save_steps=10, probe_replies=4, long_chats=1, reply_tokens=16,
+)  # fmt: skip
 
 RECIPES = {recipe.name: recipe for recipe in (HUANHUAN, HUANHUAN_PLUS, POCKET, MEDIUM, TINY)}

@@ -5,25 +5,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chat.prompt import all_prompt_ids, reply_ids, trim
+from qwen2 import IGNORE_INDEX
 from training.data import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-IGNORED = -100  # the label transformers leaves out of the loss
-
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: two flat lists of one length; a label is IGNORED or the id itself."""
+    """One row: two flat lists of one length; a label is IGNORE_INDEX or the id itself."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def learned(self) -> int:
-        """Tokens that enter the loss, the terminator among them."""
-        return sum(label != IGNORED for label in self.labels)
+        """Target tokens: those that enter the loss, the terminator among them."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
 
 
 def encode(
@@ -31,22 +30,19 @@ def encode(
 ) -> list[Encoded]:
     """Ids of prompt and reply of each example, at most `max_length`.
 
-    A row too long loses its oldest turns first, then the end of its reply; the terminator stays. Raises ValueError
+    A row too long loses its oldest messages first, then the end of its reply; the terminator stays. Raises ValueError
     naming file and row when the question alone leaves no room for a reply.
     """
     if not examples:
         return []
-    prompts = all_prompt_ids(tokenizer, [example.turns for example in examples])
+    prompts = all_prompt_ids(tokenizer, [example.messages for example in examples])
     replies = reply_ids(tokenizer, [example.answer for example in examples], terminator)
-    rows = zip(examples, prompts, replies, strict=True)
-    return [
-        _row(*(ids if sum(map(len, ids)) <= max_length else _cut(tokenizer, example, ids[1], max_length)))
-        for example, *ids in rows
-    ]
-
-
-def _row(prompt: list[int], reply: list[int]) -> Encoded:
-    return Encoded(prompt + reply, [IGNORED] * len(prompt) + reply)
+    rows = []
+    for example, prompt, reply in zip(examples, prompts, replies, strict=True):
+        if len(prompt) + len(reply) > max_length:
+            prompt, reply = _cut(tokenizer, example, reply, max_length)
+        rows.append(Encoded(prompt + reply, [IGNORE_INDEX] * len(prompt) + reply))
+    return rows
 
 
 def _cut(
@@ -54,7 +50,7 @@ def _cut(
 ) -> tuple[list[int], list[int]]:
     room = max(1, max_length - max(2, min(len(reply), max_length // 2)))
     try:
-        _, prompt = trim(tokenizer, example.turns, room)
+        _, prompt = trim(tokenizer, example.messages, room)
     except ValueError as error:
         raise ValueError(f"{example.source}, row {example.row}: {error}") from error
     return prompt, [*reply[:-1][: max_length - len(prompt) - 1], reply[-1]]

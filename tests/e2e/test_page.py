@@ -1,8 +1,7 @@
-"""The page in a real browser, as a fan meets it. The engine is scripted: what is tested is the page."""
+"""The page in a real browser, as a fan meets it. The engine is a fake: what is tested is the page."""
 
 import os
 import re
-import threading
 import time
 from pathlib import Path
 
@@ -10,13 +9,13 @@ import pytest
 
 import app
 from chat import persona
-from chat.engine import Awaited, ScriptedEngine
-from page import transcript
+from page import conversation
 from tests.conftest import ROOT
+from tests.fake_engine import FakeEngine
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 SHOTS = ROOT / "runs" / "screenshots"
-PROVENANCE = transcript.PROVENANCE
+PROVENANCE = conversation.PROVENANCE
 WINDOWS = {
     1280: {"viewport": {"width": 1280, "height": 900}},
     390: {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
@@ -84,7 +83,7 @@ def wait_for_words(tab, text):
 
 
 def test_she_greets_and_answers_and_the_box_is_free_again(visit):
-    tab = visit(ScriptedEngine("臣妾甄嬛，见过这位贵客。", pause=0.02))
+    tab = visit(FakeEngine("臣妾甄嬛，见过这位贵客。", pause=0.02))
     assert persona.GREETING in words(tab)[0]
     shoot(tab, "greeting")
     say(tab, "你是谁？")
@@ -97,13 +96,13 @@ def test_she_greets_and_answers_and_the_box_is_free_again(visit):
 def assert_silent_within_a_second(engine):
     """By the engine's own count of what it said."""
     time.sleep(1)
-    spoken = engine.spoken
+    generated = engine.generated
     time.sleep(0.5)
-    assert 0 < engine.spoken == spoken < len(LONG) and not engine.running
+    assert 0 < engine.generated == generated < len(LONG) and not engine.running
 
 
 def test_words_grow_while_she_speaks_and_stop_keeps_them_and_frees_the_engine_within_a_second(visit):
-    engine = ScriptedEngine(LONG, "再说别的。", pause=0.05)
+    engine = FakeEngine(LONG, "再说别的。", pause=0.05)
     tab = visit(engine)
     say(tab, "讲讲昨夜")
     wait_for_words(tab, "昨夜落了一场雨")
@@ -117,7 +116,7 @@ def test_words_grow_while_she_speaks_and_stop_keeps_them_and_frees_the_engine_wi
 
 
 def test_a_question_sent_at_once_after_stop_is_answered_whole(visit):
-    engine = ScriptedEngine(LONG, "再说别的。" * 12, pause=0.05)
+    engine = FakeEngine(LONG, "再说别的。" * 12, pause=0.05)
     tab = visit(engine)
     failed = []
     tab.on("response", lambda answer: failed.append(answer.url) if answer.status >= 500 else None)
@@ -133,11 +132,7 @@ def test_a_question_sent_at_once_after_stop_is_answered_whole(visit):
 
 @pytest.mark.parametrize("way", ["opener", "edit"])
 def test_stop_is_offered_however_she_was_asked(visit, way):
-    engine = (
-        ScriptedEngine("头一回。", LONG, "再说别的。", pause=0.05)
-        if way == "edit"
-        else ScriptedEngine(LONG, pause=0.05)
-    )
+    engine = FakeEngine("头一回。", LONG, "再说别的。", pause=0.05) if way == "edit" else FakeEngine(LONG, pause=0.05)
     tab = visit(engine)
     if way == "edit":
         say(tab, "早")
@@ -163,7 +158,7 @@ def test_stop_is_offered_however_she_was_asked(visit, way):
 def test_the_page_and_a_stranger_at_the_api_take_turns(visit):
     from gradio_client import Client
 
-    engine = ScriptedEngine("慢慢说来，不必着急。", pause=0.1)
+    engine = FakeEngine("慢慢说来，不必着急。", pause=0.1)
     tab = visit(engine)
     client = Client(tab.url, verbose=False)
     say(tab, "早")
@@ -174,13 +169,13 @@ def test_the_page_and_a_stranger_at_the_api_take_turns(visit):
 
 
 def test_retry_undo_and_clear(visit):
-    engine = ScriptedEngine("头一回。", "第二回。")
+    engine = FakeEngine("头一回。", "第二回。")
     tab = visit(engine)
     say(tab, "再说一遍")
     wait_for_words(tab, "头一回。")
     tab.get_by_label("重试").click()
     wait_for_words(tab, "第二回。")
-    assert [m["content"] for m in engine.heard[1][0]] == ["再说一遍"]
+    assert [m["content"] for m in engine.asked[1][0]] == ["再说一遍"]
     tab.get_by_label("撤销").click()
     tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
     assert tab.input_value("textarea:visible") == "再说一遍"
@@ -192,7 +187,7 @@ def test_retry_undo_and_clear(visit):
 
 
 def test_an_edited_question_is_answered_anew(visit):
-    engine = ScriptedEngine("头一回。", "改后的回话。")
+    engine = FakeEngine("头一回。", "改后的回话。")
     tab = visit(engine)
     say(tab, "早")
     wait_for_words(tab, "头一回。")
@@ -200,11 +195,11 @@ def test_an_edited_question_is_answered_anew(visit):
     tab.locator(".message-wrap textarea").first.fill("晚安")
     tab.get_by_label("发送").click()
     wait_for_words(tab, "改后的回话。")
-    assert engine.heard[1][0][-1]["content"] == "晚安"
+    assert engine.asked[1][0][-1]["content"] == "晚安"
 
 
 def test_a_failure_is_a_line_and_the_box_stays_open(visit):
-    tab = visit(ScriptedEngine(RuntimeError("secret"), "好了。"))
+    tab = visit(FakeEngine(RuntimeError("secret"), "好了。"))
     say(tab, "你是谁？")
     wait_for_words(tab, persona.UNWELL[:8])
     assert not [said for said in words(tab) if "secret" in said]
@@ -213,7 +208,7 @@ def test_a_failure_is_a_line_and_the_box_stays_open(visit):
 
 
 def test_an_example_is_one_tap(visit):
-    tab = visit(ScriptedEngine("臣妾甄嬛。"))
+    tab = visit(FakeEngine("臣妾甄嬛。"))
     tab.get_by_text(persona.OPENERS[0], exact=True).first.click()
     wait_for_words(tab, "臣妾甄嬛。")
 
@@ -224,7 +219,7 @@ LOWEST = {1280: 24, 390: 40}  # px of a control: for a mouse, for a finger
 
 @pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
 def test_the_page_fits_its_window(visit, locale):
-    tab = visit(ScriptedEngine(LONG), locale=locale)
+    tab = visit(FakeEngine(LONG), locale=locale)
     wide, high = tab.viewport_size.values()
     box = tab.locator("textarea:visible").bounding_box()
     assert box["y"] + box["height"] <= high, "the text box is off the screen"
@@ -255,7 +250,7 @@ def wait_until(true, seconds=10):
 
 
 def test_a_scene_has_its_own_opening_and_is_told_to_her_with_who_is_there(visit):
-    engine = ScriptedEngine("山里的月色，比宫里的清。")
+    engine = FakeEngine("山里的月色，比宫里的清。")
     tab = visit(engine)
     pick(tab, 0, "甘露寺")
     wait_for_words(tab, persona.scene_named("甘露寺").greeting[:8])
@@ -263,7 +258,7 @@ def test_a_scene_has_its_own_opening_and_is_told_to_her_with_who_is_there(visit)
     pick(tab, 1, "果郡王")
     say(tab, "近来可好？")
     wait_for_words(tab, "比宫里的清。")
-    assert engine.heard[0][0] == [{"role": "user", "content": "（甘露寺·果郡王）近来可好？"}]
+    assert engine.asked[0][0] == [{"role": "user", "content": "（甘露寺·果郡王）近来可好？"}]
     assert words(tab, "user") == ["近来可好？"]
     shoot(tab, "scene")
     tab.get_by_label("清空对话").click()
@@ -272,7 +267,7 @@ def test_a_scene_has_its_own_opening_and_is_told_to_her_with_who_is_there(visit)
 
 
 def test_each_scene_keeps_its_own_conversation(visit):
-    tab = visit(ScriptedEngine("此间的话。", "彼处的话。"))
+    tab = visit(FakeEngine("此间的话。", "彼处的话。"))
     say(tab, "早")
     wait_for_words(tab, "此间的话。")
     pick(tab, 0, "太后")
@@ -285,7 +280,7 @@ def test_each_scene_keeps_its_own_conversation(visit):
 
 
 def test_retry_keeps_the_earlier_reply_to_leaf_back_to(visit):
-    engine = ScriptedEngine("头一回。", "第二回。", "第三句。")
+    engine = FakeEngine("头一回。", "第二回。", "第三句。")
     tab = visit(engine)
     say(tab, "再说一遍")
     wait_for_words(tab, "头一回。")
@@ -297,11 +292,11 @@ def test_retry_keeps_the_earlier_reply_to_leaf_back_to(visit):
     assert words(tab)[-1] == "头一回。"
     say(tab, "好")
     wait_for_words(tab, "第三句。")
-    assert [m["content"] for m in engine.heard[2][0]] == ["再说一遍", "头一回。", "好"]
+    assert [m["content"] for m in engine.asked[2][0]] == ["再说一遍", "头一回。", "好"]
 
 
 def test_her_reply_can_be_rewritten_and_she_goes_on_from_it(visit):
-    engine = ScriptedEngine("本宫不喜杏花。", "最喜欢的。")
+    engine = FakeEngine("本宫不喜杏花。", "最喜欢的。")
     tab = visit(engine)
     say(tab, "你喜欢什么花？")
     wait_for_words(tab, "本宫不喜杏花。")
@@ -311,16 +306,16 @@ def test_her_reply_can_be_rewritten_and_she_goes_on_from_it(visit):
     wait_for_words(tab, "本宫喜欢杏花，")
     tab.click("#go_on")
     wait_for_words(tab, "本宫喜欢杏花，最喜欢的。")
-    assert engine.heard[1][0][-1] == {"role": "assistant", "content": "本宫喜欢杏花，"}
+    assert engine.asked[1][0][-1] == {"role": "assistant", "content": "本宫喜欢杏花，"}
     assert words(tab)[-1] == "本宫喜欢杏花，最喜欢的。" and len(words(tab, "user")) == 1
 
 
 def test_a_line_can_be_suggested_and_sent(visit):
-    engine = ScriptedEngine("娘娘今日气色真好。", "你倒会说话。")
+    engine = FakeEngine("娘娘今日气色真好。", "你倒会说话。")
     tab = visit(engine)
     tab.click("#suggest")
     tab.wait_for_function("document.querySelector('textarea').value == '娘娘今日气色真好。'")
-    assert engine.heard[0][:2] == ([{"role": "user", "content": ""}], "base")
+    assert engine.asked[0][:2] == ([{"role": "user", "content": ""}], "base")
     wait_until(lambda: tab.is_visible("button.submit-button"))
     tab.press("textarea:visible", "Enter")
     wait_for_words(tab, "你倒会说话。")
@@ -328,7 +323,7 @@ def test_a_line_can_be_suggested_and_sent(visit):
 
 
 def test_two_replies_side_by_side_are_blind_until_the_vote(visit):
-    tab = visit(ScriptedEngine("左边的话。", "右边的话。"))
+    tab = visit(FakeEngine("左边的话。", "右边的话。"))
     tab.get_by_role("tab", name="并排").click()
     tab.fill("#asked textarea", "你是谁？")
     tab.click("#ask")
@@ -349,7 +344,7 @@ def test_a_conversation_outlives_reload_and_server_restart(visit):
         _, url, _ = page.launch(server_port=port, prevent_thread_lock=True, quiet=True, **app.LAUNCH)
         return page, url
 
-    page, url = serve(ScriptedEngine("我记着呢。"))
+    page, url = serve(FakeEngine("我记着呢。"))
     tab = visit(None, url=url)
     say(tab, "我叫小林")
     wait_for_words(tab, "我记着呢。")
@@ -357,18 +352,18 @@ def test_a_conversation_outlives_reload_and_server_restart(visit):
     tab.reload()
     wait_for_words(tab, "我记着呢。")
     page.close()
-    engine = ScriptedEngine("你叫小林。")
+    engine = FakeEngine("你叫小林。")
     page, _ = serve(engine, int(url.rstrip("/").rsplit(":", 1)[1]))
     tab.reload()
     wait_for_words(tab, "我记着呢。")
     say(tab, "我叫什么？")
     wait_for_words(tab, "你叫小林。")
-    assert [m["content"] for m in engine.heard[0][0]] == ["我叫小林", "我记着呢。", "我叫什么？"]
+    assert [m["content"] for m in engine.asked[0][0]] == ["我叫小林", "我记着呢。", "我叫什么？"]
     page.close()
 
 
 def test_exports_are_whole_and_come_back(visit, tmp_path):
-    tab = visit(ScriptedEngine("臣妾记下了。"))
+    tab = visit(FakeEngine("臣妾记下了。"))
     say(tab, "我叫小林")
     wait_for_words(tab, "臣妾记下了。")
     tab.locator("#drawer button").first.click()
@@ -401,7 +396,7 @@ def test_exports_are_whole_and_come_back(visit, tmp_path):
 
 
 def test_a_file_that_is_no_transcript_gets_a_sentence(visit, tmp_path):
-    tab = visit(ScriptedEngine("好"))
+    tab = visit(FakeEngine("好"))
     (tmp_path / "odd.json").write_text("[1, 2]")
     tab.locator("#drawer button").first.click()
     with tab.expect_file_chooser() as chooser:
@@ -412,7 +407,7 @@ def test_a_file_that_is_no_transcript_gets_a_sentence(visit, tmp_path):
 
 
 def test_the_note_below_a_reply_tells_how_to_have_it_again(visit):
-    engine = ScriptedEngine("臣妾甄嬛。")
+    engine = FakeEngine("臣妾甄嬛。")
     tab = visit(engine)
     pick(tab, 0, "甘露寺")
     wait_for_words(tab, persona.scene_named("甘露寺").greeting[:8])
@@ -420,7 +415,7 @@ def test_the_note_below_a_reply_tells_how_to_have_it_again(visit):
     wait_for_words(tab, "臣妾甄嬛。")
     tab.get_by_text(PROVENANCE).click()
     facts = tab.get_by_test_id("bot").last.inner_text()
-    seed = engine.heard[0][2].seed
+    seed = engine.asked[0][2].seed
     assert f"种子 Seed: {seed}" in facts and "sha256 0123abcd" in facts and "自己说完" in facts
     shoot(tab, "provenance")
     address = tab.get_by_text("同样的一问").get_attribute("href")
@@ -428,11 +423,11 @@ def test_the_note_below_a_reply_tells_how_to_have_it_again(visit):
     wait_until(lambda: again.input_value("textarea:visible") == "你是谁？")
     again.press("textarea:visible", "Enter")
     wait_for_words(again, "臣妾甄嬛。")
-    assert engine.heard[1] == engine.heard[0]
+    assert engine.asked[1] == engine.asked[0]
 
 
 def test_those_who_wait_are_told_their_place(visit):
-    engine = ScriptedEngine("慢慢说来，不必着急，喝口茶。", pause=0.2)
+    engine = FakeEngine("慢慢说来，不必着急，喝口茶。", pause=0.2)
     first = visit(engine)
     second = visit(engine, url=first.url)
     say(first, "早")
@@ -446,7 +441,7 @@ def test_those_who_wait_are_told_their_place(visit):
 
 @once
 def test_a_closed_tab_frees_the_engine_within_a_second(visit):
-    engine = ScriptedEngine(LONG, pause=0.05)
+    engine = FakeEngine(LONG, pause=0.05)
     tab = visit(engine)
     say(tab, "讲讲昨夜")
     wait_for_words(tab, "昨夜落了一场雨")
@@ -455,7 +450,7 @@ def test_a_closed_tab_frees_the_engine_within_a_second(visit):
 
 
 def test_stop_beside_two_replies_frees_the_engine_within_a_second(visit):
-    engine = ScriptedEngine(LONG, pause=0.05)
+    engine = FakeEngine(LONG, pause=0.05)
     tab = visit(engine)
     tab.get_by_role("tab", name="并排").click()
     tab.fill("#asked textarea", "你是谁？")
@@ -466,14 +461,14 @@ def test_stop_beside_two_replies_frees_the_engine_within_a_second(visit):
 
 
 def test_a_question_asked_while_the_model_is_loaded_is_answered_then(visit):
-    engine, loaded = ScriptedEngine("让你久等了。"), threading.Event()
-    awaited = Awaited("scripted", ["scripted"], lambda: loaded.wait(30) and engine)
-    tab = visit(awaited)
+    engine = FakeEngine("让你久等了。")
+    engine.ready = False
+    tab = visit(engine)
     say(tab, "你是谁？")
     wait_for_words(tab, persona.DRESSING)
-    assert "模型正在装载" in words(tab)[-1] and not engine.heard
+    assert "模型正在装载" in words(tab)[-1] and not engine.asked
     shoot(tab, "loading")
-    loaded.set()
+    engine.ready = True
     wait_for_words(tab, "让你久等了。")
     assert words(tab)[-1] == "让你久等了。" and len(words(tab)) == 2
     assert tab.is_enabled("textarea:visible")
@@ -488,7 +483,7 @@ LABELS = """[...document.querySelectorAll('body *:not(svg)')].flatMap(e => [
 
 @pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
 def test_the_page_speaks_the_visitors_language(visit, locale):
-    tab = visit(ScriptedEngine("臣妾甄嬛。"), locale=locale)
+    tab = visit(FakeEngine("臣妾甄嬛。"), locale=locale)
     say(tab, "早")
     wait_for_words(tab, "臣妾甄嬛。")
     for drawer in tab.locator("button.label-wrap").all():
@@ -506,7 +501,7 @@ def test_the_page_speaks_the_visitors_language(visit, locale):
 
 @once
 def test_nothing_leaves_the_pages_own_origin_not_even_a_picture_in_a_reply(visit, browser):
-    engine = ScriptedEngine("![](http://192.0.2.1/spy.png) 看这幅画 <img src='http://192.0.2.1/a.png'>")
+    engine = FakeEngine("![](http://192.0.2.1/spy.png) 看这幅画 <img src='http://192.0.2.1/a.png'>")
     tab = visit(engine, url=None)
     asked, refused = [], []
     tab.on("request", lambda request: asked.append(request.url))
@@ -527,7 +522,7 @@ CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_has_the_contrast_of_aa(visit, scheme):
-    tab = visit(ScriptedEngine("臣妾甄嬛。"), color_scheme=scheme)
+    tab = visit(FakeEngine("臣妾甄嬛。"), color_scheme=scheme)
     say(tab, "早")
     wait_for_words(tab, "臣妾甄嬛。")
     for drawer in tab.locator("button.label-wrap").all():
@@ -541,7 +536,7 @@ def test_every_text_has_the_contrast_of_aa(visit, scheme):
 
 
 def test_an_input_method_can_confirm_a_candidate_without_sending(visit):
-    tab = visit(ScriptedEngine("好"))
+    tab = visit(FakeEngine("好"))
     tab.click("textarea:visible")
     keys = tab.context.new_cdp_session(tab)
     keys.send("Input.imeSetComposition", {"text": "ni", "selectionStart": 2, "selectionEnd": 2})
@@ -557,7 +552,7 @@ def test_an_input_method_can_confirm_a_candidate_without_sending(visit):
 
 
 def test_the_keyboard_alone_is_enough_and_replies_are_announced(visit):
-    tab = visit(ScriptedEngine("臣妾甄嬛。"))
+    tab = visit(FakeEngine("臣妾甄嬛。"))
     for _ in range(40):
         tab.keyboard.press("Tab")
         if tab.evaluate("document.activeElement.tagName == 'TEXTAREA'"):
@@ -571,7 +566,7 @@ def test_the_keyboard_alone_is_enough_and_replies_are_announced(visit):
 
 @once
 def test_the_page_can_be_put_on_a_home_screen(visit):
-    tab = visit(ScriptedEngine("好"))
+    tab = visit(FakeEngine("好"))
     manifest = tab.evaluate("fetch(document.querySelector('link[rel=manifest]').href).then(a => a.json())")
     assert manifest["name"] == "Chat-甄嬛" and manifest["display"] == "standalone"
     icon = tab.evaluate(f"fetch('{manifest['icons'][0]['src']}').then(a => a.text())")

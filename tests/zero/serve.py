@@ -8,12 +8,12 @@ from gradio_client import Client
 
 import app
 from chat.adapter import Adapter
-from chat.base import locate
+from chat.checkpoints import locate
 from chat.local import LocalEngine
-from page import reply
+from page import service
 
-located = locate(sys.argv[1])
-page = app.build_page(LocalEngine(located, [Adapter.open(Path(sys.argv[2]), located)]))
+checkpoint = locate(sys.argv[1])
+page = app.build_page(LocalEngine(checkpoint, [Adapter.open(Path(sys.argv[2]), checkpoint)]))
 _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
 
 
@@ -26,7 +26,7 @@ def ask(adapter="tiny", **sampling):
 ask()
 ask("base", max_new_tokens=5)
 ask()
-for spaces.REFUSE in [*reply.ZERO_GPU, "Expired ZeroGPU proxy token"]:
+for spaces.REFUSE in [*service.ZERO_GPU, "Expired ZeroGPU proxy token"]:
     ask()
 spaces.REFUSE = ""
 ask()

@@ -1,4 +1,4 @@
-"""A stand-in for `spaces` on ZeroGPU: each call runs in a forked worker, arguments and pieces are pickled, and a call
+"""A stand-in for `spaces` on ZeroGPU: each call runs in a forked worker, arguments and chunks are pickled, and a call
 can be refused as the real one refuses. REFUSE names the title of the refusal; SECONDS collects what was asked for."""
 
 import multiprocessing
@@ -33,8 +33,8 @@ def GPU(task, duration=60):  # noqa: N802 - the name of the real one
 
 def _work(task, parcel, pipe):
     try:
-        for piece in task(*pickle.loads(parcel)):
-            pipe.send_bytes(pickle.dumps(piece))
+        for chunk in task(*pickle.loads(parcel)):
+            pipe.send_bytes(pickle.dumps(chunk))
         pipe.send_bytes(pickle.dumps(None))
     finally:
         os._exit(0)
@@ -43,9 +43,9 @@ def _work(task, parcel, pipe):
 def _pieces(pipe):
     while True:
         try:
-            piece = pickle.loads(pipe.recv_bytes())
+            chunk = pickle.loads(pipe.recv_bytes())
         except EOFError:
             raise gr.Error("GPU task aborted", title="ZeroGPU worker error") from None
-        if piece is None:
+        if chunk is None:
             return
-        yield piece
+        yield chunk

@@ -1,0 +1,255 @@
+"""One server that speaks OpenAI's protocol: the models it lists, whether it makes our prompt, a reply as a stream."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import anyio
+import httpx
+from httpx_sse import EventSource, SSEError
+
+from chat.adapter import check_name
+from chat.download import Unavailable
+from chat.engine import BASE_ONLY, Busy, Chunk, Chunks, FinishReason, Usage
+from chat.persona import GREETING, OPENERS, Message
+from chat.prompt import template_messages
+from chat.sampling import Sampling
+
+log = logging.getLogger(__name__)
+
+MAX_MODEL_LEN = 4096  # tokens of prompt and reply together, where the server does not say
+STOP = "<|im_end|><|endoftext|>"  # the template's terminator and the tutorial's
+USAGE_SECONDS = 2.0  # that the count of tokens may come after the last token
+LONGEST_RETRY_AFTER = 30.0  # seconds; a server that names more is asked again after these
+PROBE: list[Message] = [
+    {"role": "user", "content": OPENERS[0]},
+    {"role": "assistant", "content": GREETING},
+    {"role": "user", "content": OPENERS[1]},
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """Seconds after which a server is given up, or asked again."""
+
+    connect: float = 5
+    first_token: float = 60  # the server's own queue included
+    next_token: float = 30
+    reply: float = 120  # as the local engines'
+    retries: float = 90  # with servers that are full or away, before the first token
+    backoff: float = 0.5  # before the first retry; doubled for each later one
+    poll: float = 5  # between two lists of what a server serves
+
+
+@dataclass
+class Request:
+    """One reply: what is asked for, the queue that its chunks go to, and how far it has come."""
+
+    messages: Sequence[Message]
+    adapter: str
+    sampling: Sampling
+    continue_final_message: bool = False
+    row: int = 0
+    chunks: Chunks = field(default_factory=Chunks)
+    started: float = field(default_factory=time.monotonic)
+    first_token: float = 0  # when its text came
+    tokens: int = 0  # or chunks, until the server tells its count
+
+    def usage(self, finish_reason: FinishReason) -> Usage:
+        """What it has taken so far."""
+        now = time.monotonic()
+        return Usage(finish_reason, self.tokens, (self.first_token or now) - self.started, now - self.started)
+
+
+class Server:
+    """An address, and what is known of it. `poll` sets `up`; the engine unsets it when a reply fails."""
+
+    def __init__(self, url: str, client: httpx.AsyncClient, timeouts: Timeouts, base: str = "") -> None:
+        parsed = httpx.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+            raise ValueError("ENGINE_URL holds no address like https://engine:8000/v1. A key belongs into ENGINE_KEY.")
+        self.url, self.client, self.timeouts, self.named = url.rstrip("/"), client, timeouts, base
+        self.name = parsed.netloc.decode()  # for the log
+        self.up, self.refused = False, ""
+        self.running = 0  # replies
+        self.base, self.max_model_len = base, MAX_MODEL_LEN
+        self.models: dict[str, str] = {}  # an adapter's name → what the server calls it
+        self.stop_token_ids: list[int] = []  # where the server tells its tokens
+        self.openai_fields_only = False  # it refuses all other fields: `transformers serve`
+
+    async def poll(self) -> None:
+        """List its models, and compare its prompt with ours when it comes up; `refused` says why it is not used."""
+        try:
+            await self._list_models()
+            if not self.up:
+                await self._compare_prompts()
+            up, self.refused = True, ""
+        except Exception as error:  # noqa: BLE001 - whatever a server sends, it must not end the polling
+            up, self.refused = False, str(error) if isinstance(error, Unavailable) else ""
+        if up != self.up:
+            log.info("%s %s", self.name, "answers." if up else f"is left out. {self.refused}")
+        self.up = up
+
+    async def _list_models(self) -> None:
+        """Learn the base and the adapters, named `adapter` (vLLM, SGLang) or `base:adapter` (Ray Serve)."""
+        response = await self.client.get(f"{self.url}/models", timeout=self.timeouts.connect)
+        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise Unavailable(f"{self.name} refuses the key. Set ENGINE_KEY to one that it takes.")
+        if response.is_redirect:
+            raise Unavailable(f"{self.name} sends us elsewhere, which is not followed. Name that address itself.")
+        if not self.named or response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+            response.raise_for_status()
+        listed = response.json().get("data", []) if response.is_success else []
+        base: dict[str, Any] = next((model for model in listed if not model.get("parent")), {})
+        self.base = self.named or base["id"]
+        self.max_model_len = int(base.get("max_model_len") or MAX_MODEL_LEN)
+        models = {BASE_ONLY: self.base}
+        for model in listed:
+            name = model["id"].removeprefix(f"{self.base}:")
+            if not model.get("parent") and name == model["id"]:
+                continue  # a base
+            # SGLang lists plain names, yet takes any plain name for its base.
+            sent = f"{self.base}:{name}" if model.get("owned_by") == "sglang" else model["id"]
+            try:
+                models[check_name(name)] = sent
+            except ValueError as error:
+                log.warning("%s: %s", self.name, error)
+        self.models = models
+
+    async def _compare_prompts(self) -> None:
+        """Raise Unavailable when the server's template does not make our prompt of our messages.
+
+        Compared are the token ids where it has /tokenize (vLLM, SGLang), else the numbers of tokens that it counts.
+        """
+        messages, text = template_messages(PROBE), chatml(PROBE)
+        tokenize = f"{self.url.removesuffix('/v1')}/tokenize"
+        self.stop_token_ids = await self._tokens(tokenize, prompt=STOP, add_special_tokens=False) or []
+        ours = await self._tokens(tokenize, prompt=text, add_special_tokens=False)
+        theirs = await self._tokens(tokenize, messages=messages)
+        if not ours or not theirs:
+            ours = await self._tokens(f"{self.url}/completions", prompt=text, max_tokens=1)
+            theirs = await self._tokens(f"{self.url}/chat/completions", messages=messages, max_tokens=1)
+        if not ours or not theirs:
+            log.warning("%s does not tell its prompt; it cannot be compared with ours.", self.name)
+        elif ours != theirs:
+            raise Unavailable(
+                f"{self.name} makes another prompt of our messages than the adapters were trained under. "
+                "Start it with the base's own chat template."
+            )
+
+    async def _tokens(self, url: str, **body: Any) -> Any:
+        """The token ids of a prompt, or else their number, as far as the server tells them."""
+        response = await self.client.post(url, json={"model": self.base, **body}, timeout=self.timeouts.first_token)
+        if not response.is_success or not isinstance(found := response.json(), dict):
+            return None
+        return found.get("tokens") or (found.get("usage") or {}).get("prompt_tokens")
+
+    def body(self, request: Request) -> tuple[str, dict[str, Any]]:
+        """The path and the JSON body of a request. A message is continued as text, which every server can do."""
+        body: dict[str, Any] = {"model": self.models[request.adapter], "stream": True}
+        if request.continue_final_message:
+            path, body["prompt"] = "completions", chatml(request.messages, continue_final_message=True)
+        else:
+            path, body["messages"] = "chat/completions", template_messages(request.messages)
+        parameters = asdict(request.sampling)
+        if (seed := parameters.pop("seed")) is not None:
+            body["seed"] = seed
+        if self.openai_fields_only:
+            if not request.sampling.temperature:
+                parameters = {name: parameters[name] for name in ("max_new_tokens", "repetition_penalty")}
+            parameters["repetition_penalty"] = float(parameters["repetition_penalty"])  # transformers takes no int
+            parameters["do_sample"] = bool(request.sampling.temperature)
+            body["generation_config"] = json.dumps(parameters)
+        else:
+            body |= {"max_tokens": parameters.pop("max_new_tokens"), **parameters}
+            body |= {"stop_token_ids": self.stop_token_ids, "stream_options": {"include_usage": True}}
+        return path, body
+
+    async def generate(self, request: Request) -> Usage:
+        """Put a reply into the request's queue as it comes, and return what it took.
+
+        Raises Busy, ValueError for a question that the server refuses, and Unavailable for all else that is no reply.
+        """
+        path, body = self.body(request)
+        finish_reason = ""
+        self.running += 1
+        try:
+            with anyio.move_on_after(self.timeouts.reply) as limit:
+                with anyio.fail_after(self.timeouts.first_token):
+                    post = self.client.build_request("POST", f"{self.url}/{path}", json=body)
+                    response = await self.client.send(post, stream=True)
+                async with aclosing(response), aclosing(EventSource(response).aiter_sse()) as events:
+                    self._check_status(response, body)
+                    while True:
+                        seconds = self.timeouts.next_token if request.first_token else self.timeouts.first_token
+                        with anyio.fail_after(USAGE_SECONDS if finish_reason else seconds):
+                            event = await anext(events, None)
+                        if event is None or event.data == "[DONE]":
+                            break
+                        text, reason, tokens = parse_event(event.data)
+                        finish_reason = reason or finish_reason
+                        if text:
+                            request.first_token = request.first_token or time.monotonic()
+                            request.chunks.put(Chunk(text, request.row))
+                        request.tokens = tokens or request.tokens + bool(text)
+        except (httpx.HTTPError, TimeoutError, SSEError) as error:
+            if not finish_reason:  # else the whole text has come, and only the usage or [DONE] is missing
+                raise Unavailable(f"{self.name} fell silent ({type(error).__name__}).") from error
+        finally:
+            self.running -= 1
+        if limit.cancelled_caught:
+            return request.usage("time")
+        if not finish_reason and not (event and request.first_token):
+            raise Unavailable(f"{self.name} broke off.")
+        return request.usage("length" if finish_reason == "length" else "stop")
+
+    def _check_status(self, response: httpx.Response, body: dict[str, Any]) -> None:
+        status = response.status_code
+        if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE):
+            seconds = parse_retry_after(response.headers.get("Retry-After", ""))
+            raise Busy(f"{self.name} has too much to do.", seconds)
+        if status == httpx.codes.UNPROCESSABLE_ENTITY and "top_k" in body:
+            self.openai_fields_only = True
+            raise Busy(f"{self.name} takes OpenAI's own fields only.")
+        if status in (httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE, httpx.codes.UNPROCESSABLE_ENTITY):
+            log.warning("%s refused a question with status %d.", self.name, status)
+            raise ValueError("引擎不收这一句，请缩短些再问。 The engine refused it; ask in fewer words.")
+        if not response.is_success:
+            raise Unavailable(f"{self.name} answers with status {status}.")
+
+
+def chatml(messages: Sequence[Message], continue_final_message: bool = False) -> str:
+    """The prompt as text: what the template of every base here makes; `Server.poll` checks that a server's does too."""
+    text = "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in template_messages(messages))
+    return text.removesuffix("<|im_end|>\n") if continue_final_message else f"{text}<|im_start|>assistant\n"
+
+
+def parse_event(data: str) -> tuple[str, str, int]:
+    """Text, finish reason and count of tokens of one event. Raises Unavailable for an error, or what is no event."""
+    try:
+        found = json.loads(data)
+        if "error" in found or found.get("object") == "error":
+            raise Unavailable("The engine broke off with an error.")
+        choice = (found.get("choices") or [{}])[0]
+        text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+        finish_reason = choice.get("finish_reason") or ""
+        tokens = int((found.get("usage") or {}).get("completion_tokens") or 0)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise Unavailable(f"The engine sent what is no reply ({type(error).__name__}).") from error
+    if not isinstance(text, str) or finish_reason in ("abort", "error"):
+        raise Unavailable("The engine broke off.")
+    return text, finish_reason, tokens
+
+
+def parse_retry_after(value: str) -> float:
+    """Seconds that a Retry-After header asks for, given in seconds or as a date; none where it says nothing."""
+    try:
+        seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+        return min(max(seconds, 0), LONGEST_RETRY_AFTER)
+    except (ValueError, TypeError, OverflowError):
+        return 0

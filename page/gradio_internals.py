@@ -1,0 +1,78 @@
+"""Everything that leans on private or undocumented parts of Gradio 6. Import it before gradio: that halves the time."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+from unittest import mock
+
+# Gradio writes type stubs for editors into its own package at every import, which takes 2 of its 4 s; it leaves out
+# a class whose file it cannot find.
+with mock.patch("inspect.getfile", side_effect=OSError):
+    import gradio as gr
+from gradio.events import Dependency, EventListenerMethod
+
+
+def name_inputs(handler: Callable[..., Any], inputs: Mapping[str, Any]) -> None:
+    """Give the handler's `*values` names and defaults: Gradio reads an API's parameters from the signature alone."""
+    own = inspect.signature(handler).parameters.values()
+    named = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=value)
+        for name, value in inputs.items()
+    ]
+    parameters = [each for each in own if each.kind is not each.VAR_POSITIONAL]
+    setattr(handler, "__signature__", inspect.Signature([*parameters, *named]))  # noqa: B010 - mypy knows no such name
+
+
+def streaming_events(page: gr.Blocks) -> list[Any]:
+    """The events that stream a reply: ChatInterface does not hand out its own, so they are found by what they do."""
+    return [event for event in page.fns.values() if event.types_generator]
+
+
+def share_queue(page: gr.Blocks, limit: int) -> None:
+    """Let so many visitors in, over all streaming events: a limit on an event alone counts its own visitors only."""
+    for event in streaming_events(page):
+        event.concurrency_id, event.concurrency_limit = "reply", limit
+
+
+def following(event: Any) -> Dependency:
+    """What Gradio returns for an event of one's own, so that `success` and `failure` can follow ChatInterface's too."""
+    return Dependency(None, {}, event._id, event.fn)
+
+
+def offer_stop(page: gr.Blocks, textbox: Any) -> None:
+    """Let the text box's Stop end every streaming event; ChatInterface has it end a question sent and Retry alone.
+
+    The event has no function: the one that Gradio gives cancels the session's name alone, and when that happens twice,
+    the next question may be cancelled too. The `failure` of what was cancelled opens the box.
+    """
+    stops = [event for event in page.fns.values() if (textbox._id, "stop") in event.targets]
+    stopped = {number for event in stops for number in event.cancels}
+    page.default_config.set_event_trigger(
+        targets=[EventListenerMethod(textbox, "stop")], fn=None, inputs=None, outputs=None, queue=False,
+        show_progress="hidden", api_visibility="private",
+        cancels=[event._id for event in streaming_events(page) if event._id not in stopped],
+    )  # fmt: skip
+
+
+def _chat_event(page: gr.Blocks) -> Any:
+    (event,) = [event for event in page.fns.values() if event.api_name == "chat"]
+    return event
+
+
+def answer_in_plain_strings(page: gr.Blocks) -> None:
+    """Let `/chat` return her words without the page's notes: ChatInterface takes one function for page and API."""
+    event = _chat_event(page)
+    stream: Any = event.fn
+
+    @wraps(stream)  # Gradio reads from its signature what to hand over
+    async def plain(*inputs: Any) -> Any:
+        async for messages, *rest in stream(*inputs):
+            yield messages[0]["content"], *rest
+
+    event.fn = plain
+
+
+def hide_chat_from_tools(page: gr.Blocks) -> None:
+    """Leave `/ask` as the one tool: Gradio's MCP server cannot call an event that holds a state, as `/chat` does."""
+    _chat_event(page).api_visibility = "undocumented"
