@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from string import Template
 from typing import Any
 
 if __name__ == "__main__":
@@ -24,19 +25,20 @@ from page import gradio_internals  # before gradio
 import gradio as gr
 from gradio.events import api
 from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from chat import ENGINES, load
 from chat.bases import MEMORY_7B
 from chat.engine import BASE_ONLY, ChatEngine
-from chat.persona import NAME, PASSER_BY, SCENES
+from chat.persona import GREETING, NAME, PASSER_BY, SCENES
 from chat.sampling import PARAMETERS
 from page import compare_tab, conversation, metrics
 from page.chat_tab import PORTRAIT, ChatTab, about, visitor_choices, visitor_id
-from page.headers import Headers
+from page.http import Caching, Security
 from page.i18n import LANGUAGES, SCENE_LINE, text
-from page.service import MAX_SEED, MAX_WAITING, NUMBERS, ChatRequest, ChatService
+from page.service import MAX_SEED, MAX_WAITING, ChatRequest, ChatService
 
 STATIC = Path(__file__).parent / "page" / "static"
 
@@ -45,13 +47,9 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
     """The page for an engine: talk in one tab, adapter against base in the other."""
     service = ChatService(engine)
     page = gr.Blocks(title="Chat-甄嬛", fill_height=True, analytics_enabled=False)
+    page.chat_engine = engine  # type: ignore[attr-defined]  # for `health`
     with page:
-        gr.HTML(
-            f'<div id="masthead">{_static(PORTRAIT.name)}<div><h1>Chat-{NAME}</h1>'
-            "<p>与《甄嬛传》里的她说说话。她的话由模型写成，并非真人。</p>"
-            f'<p class="english" lang="en">Talk with {NAME} of the Qing court. A model writes her words.</p>'
-            "</div></div>"
-        )
+        gr.Markdown(MASTHEAD, sanitize_html=False, padding=True)
         with gr.Row(elem_id="stage"):
             scenes = [(text(scene.name), scene.name) for scene in SCENES]
             scene = gr.Dropdown(scenes, value=SCENES[0].name, label=text("scene"), filterable=False)
@@ -59,7 +57,7 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
             visitor = gr.Dropdown(visitor_choices(), value=PASSER_BY, label=text("visitor"), filterable=False)
         scene_line = gr.Markdown(text(SCENE_LINE + SCENES[0].name), elem_id="setting")
         with gr.Accordion(text("voice"), open=False) as voice:
-            inputs = [scene, visitor, *_controls(engine)]
+            inputs = [scene, visitor, *_controls(service)]
         voice.unrender()  # ChatInterface wants its inputs made; people want them below the conversation
         status = gr.Markdown(about(engine), elem_id="status", render=False)
         with gr.Tab(text("talk")):
@@ -75,13 +73,14 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
     return page
 
 
-def _controls(engine: ChatEngine) -> list[Any]:
-    """One control for the adapter and for each of NUMBERS, in that order."""
-    names = [(f"{name}（只用底座 base only）" if name == BASE_ONLY else name, name) for name in engine.adapters]
-    controls: list[Any] = [gr.Dropdown(names, value=engine.adapters[0], label=text("adapter"), filterable=False)]
+def _controls(service: ChatService) -> list[Any]:
+    """One control for the adapter and for each of NUMBERS (service.py), in that order."""
+    adapters = service.engine.adapters
+    names = [(f"{name}（只用底座 base only）" if name == BASE_ONLY else name, name) for name in adapters]
+    controls: list[Any] = [gr.Dropdown(names, value=adapters[0], label=text("adapter"), filterable=False)]
     for name, parameter in PARAMETERS.items():
         low, high, step = (parameter.metadata[key] for key in ("low", "high", "step"))
-        controls.append(gr.Slider(low, high, NUMBERS[name], step=step, label=text(name)))
+        controls.append(gr.Slider(low, high, service.numbers[name], step=step, label=text(name)))
     return [*controls, gr.Number(-1, precision=0, minimum=-1, maximum=MAX_SEED, label=text("seed"))]
 
 
@@ -96,18 +95,38 @@ def _offer_tool(service: ChatService) -> None:
             scene: A time of her life: 永寿宫 (today), 初入宫, 盛宠, 甘露寺, 回宫, 封后斗争 or 太后.
             visitor: Who speaks: 路人 (a passer-by), 皇上, 沈眉庄, 果郡王 and others.
         """
-        chosen = ChatRequest(scene=scene, visitor=visitor, adapter=service.engine.adapters[0])
+        chosen = ChatRequest(scene=scene, visitor=visitor, adapter=service.engine.adapters[0], numbers=service.numbers)
         *_, (reply,) = service.generate([conversation.question(message)], chosen, visitor_id(request))
         return reply.shown
 
     api(ask, api_name="ask")
 
 
+async def health(request: Request) -> PlainTextResponse:
+    """How the engine is, in one word, for whoever restarts the page; on the event loop, as all threads may be taken."""
+    word = request.app.get_blocks().chat_engine.health
+    return PlainTextResponse(word, 200 if word in ("ok", "loading") else 503)
+
+
 def _static(name: str) -> str:
     return (STATIC / name).read_text(encoding="utf-8")
 
 
-THEME = gr.themes.Soft(primary_hue="rose", neutral_hue="stone", spacing_size="sm").set(
+MASTHEAD = (
+    f'<div id="masthead">{_static(PORTRAIT.name)}<div><h1>Chat-{NAME}</h1>'
+    "<p>与《甄嬛传》里的她说说话。她的话由模型写成，并非真人。</p>"
+    f'<p class="english" lang="en">Talk with {NAME} of the Qing court. A model writes her words.</p>'
+    "</div></div>"
+)
+STYLE = f"<style>{_static('page.css')}</style>"
+SHELL = Template(_static("shell.html"))
+gradio_internals.put_in_document(
+    STYLE + SHELL.substitute(masthead=MASTHEAD, portrait=_static(PORTRAIT.name), greeting=GREETING)
+)
+# page.css names the fonts; those of the theme are files.
+THEME = gr.themes.Soft(
+    primary_hue="rose", neutral_hue="stone", spacing_size="sm", font="serif", font_mono="monospace"
+).set(
     block_title_background_fill="transparent",
     block_title_background_fill_dark="transparent",
     block_title_text_color="var(--gold)",
@@ -122,13 +141,13 @@ LAUNCH: dict[str, Any] = {
     "footer_links": [],
     "theme": THEME,
     # Not as css_paths: Gradio would rewrite the selectors of media queries so that they match nothing.
-    "head": f"<style>{_static('page.css')}</style><script>{_static('page.js')}</script>",
+    "head": f"{STYLE}<script>{_static('page.js')}</script>",
     "favicon_path": STATIC / "favicon.svg",
     "pwa": True,
     "i18n": LANGUAGES,
     "app_kwargs": {
-        "middleware": [Middleware(Headers)],
-        "routes": [Route("/health", lambda _: PlainTextResponse("ok"))],  # for whoever restarts it when it hangs
+        "middleware": [Middleware(Security), Middleware(Caching)],
+        "routes": [Route("/health", health)],
     },
 }
 

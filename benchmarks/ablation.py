@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from training.recipe import FACTS, HUANHUAN_PLUS, POCKET, Recipe
+from training.recipe import FACTS, POCKET, Recipe
 
 # How often the script, our files of facts, and our other dialogues are read; and the recipe.
 Variant = tuple[int, int, int, Recipe]
@@ -67,7 +67,7 @@ def one(name: str) -> dict[str, Any]:
 
     script, facts, rest, recipe = VARIANTS[name]
     recipe = replace(recipe, reply_tokens=TOKENS, long_chats=0, probe_replies=0, save_steps=10**9)
-    examples, validation = data.split(data.load(HUANHUAN_PLUS.dataset), recipe.validation_rows, recipe.seed)
+    examples, validation = data.split(data.load(("huanhuan", "dataset")), recipe.validation_rows, recipe.seed)
     times = dict.fromkeys((Path(file).name for file in FACTS), facts) | {data.FULL_FILE.name: script}
     chosen = [e for e in examples for _ in range(times.get(e.source, rest))]
     checkpoint = convert.ensure_converted(locate(recipe.base))

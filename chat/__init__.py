@@ -35,10 +35,9 @@ def load(base: str | None = None, bits: int = 16, engine: str | None = None) -> 
 
 
 def load_here(base: str | None = None, bits: int = 16, engine: str | None = None) -> "ChatEngine":
-    """The engine of this machine: transformers where torch has a GPU, else llama.cpp, or the one that is named.
+    """The engine of this machine: transformers with a GPU or for what llama.cpp cannot, else llama.cpp, or as named.
 
-    transformers also takes what llama.cpp cannot: a folder that is no GGUF, 8 or 4 bits by bitsandbytes, a platform
-    that xllamacpp has no wheel for. Raises Unavailable or ValueError, with what to do.
+    Raises Unavailable or ValueError, with what to do.
     """
     from chat.checkpoints import is_folder
     from chat.machine import has_gpu

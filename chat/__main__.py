@@ -9,7 +9,7 @@ from contextlib import suppress
 from chat import ENGINES, load
 from chat.bases import MEMORY_7B
 from chat.download import Unavailable
-from chat.engine import Busy, ChatEngine
+from chat.engine import Busy, ChatEngine, Stalled
 from chat.persona import GREETING, NAME, Message
 from chat.sampling import Sampling
 
@@ -39,23 +39,18 @@ def talk(engine: ChatEngine, adapter: str) -> None:
     with suppress(EOFError, KeyboardInterrupt):
         while question := input("\n你：").strip():
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": _print_reply(engine, messages, adapter)})
-
-
-def _print_reply(engine: ChatEngine, messages: list[Message], adapter: str) -> str:
-    text = ""
-    cancel = threading.Event()
-    print(f"{NAME}：", end="", flush=True)
-    try:
-        for chunk in engine.stream(messages, [adapter], Sampling(), cancel):
-            text += chunk.text
-            print(chunk.text, end="", flush=True)
-    except KeyboardInterrupt:
-        cancel.set()
-    except (ValueError, Busy, Unavailable) as error:
-        print(error, end="")
-    print()
-    return text or "……"
+            print(f"{NAME}：", end="", flush=True)
+            reply, cancel = "", threading.Event()
+            try:
+                for chunk in engine.stream(messages, [adapter], Sampling(temperature=engine.temperature), cancel):
+                    reply += chunk.text
+                    print(chunk.text, end="", flush=True)
+            except KeyboardInterrupt:
+                cancel.set()
+            except (ValueError, Busy, Stalled, Unavailable) as error:
+                print(error, end="")
+            print()
+            messages.append({"role": "assistant", "content": reply or "……"})
 
 
 if __name__ == "__main__":

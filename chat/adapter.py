@@ -56,10 +56,9 @@ class Adapter:
 
     @classmethod
     def open(cls, folder: Path, checkpoint: Checkpoint, name: str | None = None) -> "Adapter":
-        """Check a folder against the base it is to serve on; the adapter gets the folder's name, or `name`.
+        """Check a folder against its base; the adapter gets the folder's name, or `name`. The engine tries its logits.
 
-        Raises FileNotFoundError or ValueError: one sentence with the remedy. That it changes the logits is checked
-        by the engine, which has the base in memory.
+        Raises FileNotFoundError or ValueError: one sentence with the remedy.
         """
         name = check_name(name or folder.resolve().name)
         _check_files(folder)
@@ -67,10 +66,10 @@ class Adapter:
         _check_config(folder, config, checkpoint)
         _check_weights(folder / WEIGHTS, config, checkpoint.config())
         recipe = read_json(folder / RECIPE)
-        if recipe.get("system_prompt") != SYSTEM_PROMPT:
+        if (prompt := recipe.get("system_prompt")) != SYSTEM_PROMPT:
             raise ValueError(
-                f"{folder} was trained under the prompt {recipe.get('system_prompt')!r}, but the character is now "
-                f"{SYSTEM_PROMPT!r}. Train it again, or restore the prompt."
+                f"{folder} was trained under the prompt {prompt!r}, but the character is now {SYSTEM_PROMPT!r}. "
+                "Train it again, or restore the prompt."
             )
         metrics = read_json(folder / METRICS) if (folder / METRICS).exists() else {}
         return cls(name, folder, recipe, metrics)
@@ -114,10 +113,7 @@ def _is_for(checkpoint: Checkpoint, config: Path) -> bool:
 
 
 def _folder(source: str) -> Path:
-    """The folder itself, or the cached copy of a repository: only the files of an adapter are fetched.
-
-    While a site is silent, what was fetched before serves. Raises ValueError when the repository cannot be had.
-    """
+    """The folder itself, or the copy of a repository, the last one while its site is silent. Raises ValueError."""
     on_modelscope = source.startswith(MODELSCOPE)
     if not on_modelscope and (Path(source).is_dir() or not HUB_ID.fullmatch(source)):
         return Path(source)
@@ -187,10 +183,8 @@ def _check_weights(path: Path, lora: dict[str, Any], base: dict[str, Any]) -> No
     for name, tensor in tensors.items():
         if name not in expected:
             raise ValueError(f"{path} holds {name}, a layer that this base does not have. Choose its own base.")
-        if (shape := tuple(tensor["shape"])) != expected[name]:
-            raise ValueError(
-                f"{path}: {name} has shape {shape}, this base needs {expected[name]}. Choose its own base."
-            )
+        if (shape := tuple(tensor["shape"])) != (fit := expected[name]):
+            raise ValueError(f"{path}: {name} has shape {shape}, this base needs {fit}. Choose its own base.")
         if tensor["dtype"] not in DTYPES or not np.isfinite(to_numpy(tensor)).all():
             raise ValueError(f"{path}: {name} is not finite. Train it again with a lower --learning-rate.")
     stems = {name.rpartition(".lora_")[0] for name in tensors}

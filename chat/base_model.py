@@ -69,8 +69,7 @@ def load_base(checkpoint: Checkpoint, device: str | None = None, bits: int = 16)
             module.support_avx512bf16_for_cpu = False
     model.config._name_or_path = model.name_or_path = checkpoint.base.name  # PEFT writes it into adapter_config.json
     model.generation_config = GenerationConfig()  # generation_config() below says everything
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return cast("PreTrainedModel", model.eval())
 
 
 def ends(tokenizer: "PreTrainedTokenizerFast") -> list[int]:

@@ -1,6 +1,6 @@
 """Where a base lies on this disk, or which source fetches it: a named folder, the Hub, ModelScope, the package index.
 
-What lies there is checked: the size of each file when it is located, its sha256 before it is opened.
+The size of each file is checked when it is located, its sha256 before it is opened.
 """
 
 import json
@@ -55,12 +55,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def locate(choice: str, gguf: bool = False) -> Checkpoint:
-    """Find a base by name (`7b`, `medium`, `small`) or by the path of a folder; fetch it when it is not on this disk.
+    """Find a base by name or by the path of a folder; fetch it when it is not on this disk.
 
     With `gguf` a named base comes as its GGUF, which llama.cpp opens; whoever opens it calls `verify` first. Without
-    it, as a dense folder where there is one, else as the GGUF to convert. The named bases are asked for in the order
-    of MODEL_SOURCE (default `hub,modelscope,index`); MODEL_FOLDER names a folder that already holds the bytes. Raises
-    Unavailable, with all that was tried, or ValueError.
+    it, as a dense folder where there is one, else as the GGUF to convert. MODEL_FOLDER names a folder that already
+    holds the bytes, MODEL_SOURCE the order of sources. Raises Unavailable, with all that was tried, or ValueError.
     """
     if choice not in BASES:
         return _own_folder(choice)
@@ -73,10 +72,7 @@ def locate(choice: str, gguf: bool = False) -> Checkpoint:
 
 
 def is_folder(choice: str | None) -> bool:
-    """Whether this choice names a folder of dense weights alone, itself or by MODEL_FOLDER: none for llama.cpp.
-
-    Raises ValueError for what is neither a base's name nor a folder that holds one.
-    """
+    """Whether this names dense weights alone, itself or by MODEL_FOLDER. Raises ValueError for what is no base."""
     if choice is not None and choice not in BASES:
         return bool(_own_folder(choice))
     named = Path(os.environ.get("MODEL_FOLDER") or os.devnull)
@@ -92,10 +88,7 @@ def _own_folder(choice: str) -> Checkpoint:
 
 
 def _named_folder(base: Base, folder: Path, gguf: bool) -> Checkpoint:
-    """A folder the user names with MODEL_FOLDER: dense files of the base's own dimensions, or its GGUF, checked.
-
-    Nothing in it is ever changed or deleted.
-    """
+    """MODEL_FOLDER: dense files of the base's own dimensions, or its GGUF. Nothing in it is ever changed or deleted."""
     file = base.gguf.files[0].name
     if (folder / CONFIG).is_file() and not gguf:
         config = read_json(folder / CONFIG)
@@ -114,10 +107,7 @@ def _named_folder(base: Base, folder: Path, gguf: bool) -> Checkpoint:
 
 
 def _from_sources(base: Base, gguf: bool, room: int) -> Checkpoint:
-    """Ask one source after the other; `room` bytes must be free on the disk before the first is asked.
-
-    Where a GGUF lies is noted, so that the next start asks no source, and no network.
-    """
+    """Ask one source after the other, once `room` bytes are free. Where a GGUF lies is noted for the next start."""
     sources: dict[str, Callable[[Base, bool], Path]] = {"hub": _hub, "modelscope": _modelscope, "index": _index}
     order = [name.strip() for name in os.environ.get("MODEL_SOURCE", ",".join(sources)).split(",")]
     if unknown := set(order) - set(sources):
@@ -135,11 +125,8 @@ def _from_sources(base: Base, gguf: bool, room: int) -> Checkpoint:
             if gguf:
                 _check_files(path, base.gguf, name)
                 path = path / base.gguf.files[0].name
-                note = _note(base)
-                note.parent.mkdir(parents=True, exist_ok=True)
-                part = note.with_suffix(".part")
-                part.write_text(json.dumps({"path": str(path), "source": name}), encoding="utf-8")
-                os.replace(part, note)
+                _note(base).parent.mkdir(parents=True, exist_ok=True)
+                _note(base).write_text(json.dumps({"path": str(path), "source": name}), encoding="utf-8")
             return Checkpoint(base, path, name)
         except Exception as error:  # noqa: BLE001 - each library fails in its own way; every reason is reported
             first_line = str(error).strip().split("\n")[0][:200]
@@ -158,7 +145,7 @@ def _note(base: Base) -> Path:
 def _noted(base: Base) -> Checkpoint | None:
     """The GGUF where it was noted, if all its files are still there in their size."""
     try:
-        note = json.loads(_note(base).read_text(encoding="utf-8"))
+        note = read_json(_note(base))
         path = Path(note["path"])
         whole = all((path.parent / file.name).stat().st_size == file.size for file in base.gguf.files)
         return Checkpoint(base, path, str(note["source"])) if whole else None
@@ -175,7 +162,6 @@ def _in_hub_cache(base: Base, gguf: bool) -> bool:
 
 
 def _hub(base: Base, gguf: bool) -> Path:
-    """The folder in the Hugging Face cache; huggingface_hub fetches, resumes, locks and shows progress."""
     from huggingface_hub import constants, hf_hub_download, snapshot_download
 
     if not _in_hub_cache(base, gguf):
@@ -206,10 +192,10 @@ def _index(base: Base, gguf: bool) -> Path:
 
 
 def _check_files(folder: Path, gguf: Gguf, source: str, whole: bool = False) -> None:
-    """Check that all files are there in the right size, and with `whole` that each has the right sha256.
+    """Check the size of each file, and with `whole` its sha256. Raises Unavailable.
 
     With `whole` a damaged file in the Hugging Face cache is fetched again, once, by the library whose cache it is. Else
-    a damaged file is deleted only where we put it, never in a folder that the user named. Raises Unavailable.
+    a damaged file is deleted only where we put it, never in a folder that the user named.
     """
     for file in gguf.files:
         path = folder / file.name
@@ -252,7 +238,6 @@ def _verify_shards(base: Base, folder: Path) -> None:
 
 
 def converted_folder(base: Base) -> Path:
-    """Where the dense form of a base lies that `chat.convert` makes of its GGUF."""
     file = base.gguf.files[0]
     return cache() / "bases" / f"{file.name.removesuffix('.gguf')}-{file.sha256[:8]}"
 
@@ -268,7 +253,7 @@ def verified_source(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         damaged = [name for name, sha256 in manifest["sha256"].items() if digest(folder / name) != sha256]
         if not damaged and CONFIG in manifest["sha256"]:
             return str(manifest["source"])

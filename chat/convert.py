@@ -20,10 +20,9 @@ log = logging.getLogger(__name__)
 
 
 def ensure_converted(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as a folder: a GGUF file is verified and converted to dense bf16 in our cache, once.
+    """The checkpoint as a folder: a GGUF, which takes a minute to read, is converted to dense bf16 in our cache, once.
 
-    Reading the GGUF costs a minute at every start; its dense form opens in a second. Raises Unavailable when the GGUF
-    is damaged.
+    Raises Unavailable when the GGUF is damaged.
     """
     if checkpoint.path.is_dir():
         return checkpoint

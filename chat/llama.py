@@ -1,41 +1,26 @@
-"""LlamaEngine: llama.cpp in this process, for machines without an NVIDIA GPU: CPUs, and Macs by Metal.
+"""LlamaEngine: llama.cpp in this process, for CPUs, and Macs by Metal.
 
-xllamacpp embeds llama.cpp's server. The base's GGUF is served as it is, its adapters as GGUF LoRA, chosen for each
-request; requests of one adapter are decoded together, each in a slot that keeps the KV cache of its last conversation.
+xllamacpp embeds llama.cpp's server. Requests of one adapter, a GGUF LoRA, are decoded together, each in a slot that
+keeps the KV cache of its last conversation.
 """
 
 import logging
 import os
-import queue
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chat import checkpoints, gguf_lora
+from chat import checkpoints, engine, gguf_lora
 from chat.adapter import WEIGHTS, Adapter, find
 from chat.bases import BASES
 from chat.checkpoints import Checkpoint
 from chat.download import Unavailable, digest
-from chat.engine import (
-    BASE_ONLY,
-    HEARTBEAT,
-    PROMPT_TOKENS,
-    REPLY_SECONDS,
-    Chunk,
-    Chunks,
-    FinishReason,
-    Usage,
-    check_adapters,
-    drain,
-    max_num_seqs,
-    until_loaded,
-)  # fmt: skip
+from chat.engine import BASE_ONLY, PROMPT_TOKENS, REPLY_SECONDS, Chunk, Chunks, FinishReason, Usage
 from chat.gguf_tokenizer import GgufTokenizer
 from chat.machine import available_memory, usable_cores
 from chat.persona import OPENERS, Message
@@ -64,16 +49,13 @@ def best_base() -> str:
 
 
 def load(choice: str | None = None) -> "LlamaEngine":
-    """The engine of a machine without an NVIDIA GPU.
-
-    The base's file is fetched and the adapters' are checked before this returns. Raises Unavailable or ValueError.
-    """
-    num_slots = max_num_seqs(SLOTS)
+    """The engine, once the base's file is fetched and the adapters are checked. Raises Unavailable or ValueError."""
+    num_slots = engine.max_num_seqs(SLOTS)
     checkpoint = checkpoints.locate(choice or best_base(), gguf=True)
     if (free := available_memory()) < checkpoint.base.memory:
         log.warning(
             "%s needs %.1f GB of memory, %.1f are free. If it is too slow, lower MAX_NUM_SEQS or give --base small.",
-            choice, checkpoint.base.memory / 1e9, free / 1e9,
+            checkpoint.base.name, checkpoint.base.memory / 1e9, free / 1e9,
         )  # fmt: skip
     found, refused = find(checkpoint)
     refused += [gguf_lora.NO_DORA.format(name=adapter.name) for adapter in found if adapter.dora]
@@ -83,37 +65,31 @@ def load(choice: str | None = None) -> "LlamaEngine":
 
 
 class LoraQueue:
-    """Lets requests in by the order in which they came, those of one LoRA together.
-
-    llama.cpp decodes the slots of one LoRA and leaves those of others standing, without a limit while new ones of the
-    first come. Here a request waits until those before it are in, and those of another LoRA are done.
+    """Lets requests in as they came, those of one LoRA together: each waits until those before it are in, and those of
+    another LoRA are done. llama.cpp itself would leave other LoRAs standing while new requests of the first one come.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[object, str]] = deque()
-        self._active, self._running = "", 0
+        self._waiting: deque[object] = deque()
+        self._running: list[str] = []  # their LoRAs, all the same
 
     def enter(self, lora: str, cancel: threading.Event) -> bool:
         """Wait until requests of this LoRA may run; False when cancelled before that."""
-        ticket = object(), lora
+        ticket = object()
         with self._changed:
             self._waiting.append(ticket)
-            while not (cancelled := cancel.is_set()) and not self._may_enter(ticket):
-                self._changed.wait(HEARTBEAT)
+            while not (cancel.is_set() or (self._waiting[0] is ticket and set(self._running) <= {lora})):
+                self._changed.wait(engine.HEARTBEAT)
             self._waiting.remove(ticket)
-            if not cancelled:
-                self._active, self._running = lora, self._running + 1
+            if entered := not cancel.is_set():
+                self._running.append(lora)
             self._changed.notify_all()
-            return not cancelled
-
-    def _may_enter(self, ticket: tuple[object, str]) -> bool:
-        return self._waiting[0] is ticket and (not self._running or self._active == ticket[1])
+            return entered
 
     def leave(self) -> None:
-        """A request that entered is done."""
         with self._changed:
-            self._running -= 1
+            self._running.pop()
             self._changed.notify_all()
 
 
@@ -124,6 +100,7 @@ class _Reply:
     row: int
     chunks: Chunks
     cancel: threading.Event
+    threads: engine.InferenceThreads
     started: float = field(default_factory=time.perf_counter)
     first_token: float = 0.0  # seconds
     tokens: int = 0
@@ -133,14 +110,13 @@ class _Reply:
 
     def __call__(self, event: dict[str, Any]) -> bool:
         """Take an event of llama.cpp's stream; True frees the slot at once."""
+        self.threads.progress()
         if "choices" not in event:
             self.error = str(event.get("error") or event)[:500]
             return True
-        if self.cancel.is_set():
-            self.finish_reason = "cancelled"
-            return True
-        if time.perf_counter() - self.started > REPLY_SECONDS:
-            self.finish_reason = "time"
+        seconds = time.perf_counter() - self.started
+        if self.cancel.is_set() or seconds > REPLY_SECONDS:
+            self.finish_reason = "cancelled" if self.cancel.is_set() else "time"
             return True
         if "prompt_progress" in event:
             return False
@@ -149,7 +125,7 @@ class _Reply:
             self.tokens, self.finish_reason = event["usage"]["completion_tokens"], choice["finish_reason"]
             return False
         self.tokens = event["timings"]["predicted_n"]
-        self.first_token = self.first_token or time.perf_counter() - self.started
+        self.first_token = self.first_token or seconds
         text = self.held + choice["text"]
         ready = text.rstrip("\ufffd")
         self.held = text[len(ready) :]
@@ -168,21 +144,17 @@ class _Reply:
 class LlamaEngine:
     """A base and its adapters in llama.cpp. May be called from any thread."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, adapters: Sequence[Adapter] = (), max_num_seqs: int = SLOTS,
-        refused: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        """Return at once; a thread opens the GGUF, and each adapter as GGUF LoRA.
-
-        `wait` and `stream` raise Unavailable when that fails, ValueError for a DoRA.
-        """
+    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter] = (), max_num_seqs: int = SLOTS,
+                 refused: Sequence[str] = ()) -> None:  # fmt: skip
+        """Return at once; a thread opens the files. `wait` and `stream` raise Unavailable, ValueError for a DoRA."""
+        self.temperature = checkpoint.base.temperature
         self.base = f"{checkpoint.base.name} ({checkpoint.source}, llama.cpp)"
         self.adapters = [*(adapter.name for adapter in adapters), BASE_ONLY]
         self.refused, self.max_num_seqs, self.num_slots = list(refused), max_num_seqs, 1
         self._loras = [adapter.name for adapter in adapters]  # by llama.cpp's numbers, refused ones included
         self._digests: dict[str, str] = {}
         self._lora_queue = LoraQueue()
-        self._threads = ThreadPoolExecutor(max_num_seqs, thread_name_prefix="llama")
+        self._threads = engine.InferenceThreads(max_num_seqs, "llama")
         self._loading = self._threads.submit(self._load, checkpoint, adapters)
 
     def _load(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
@@ -196,7 +168,7 @@ class LlamaEngine:
 
     def _admit(self, adapter: Adapter) -> None:
         """Turn an adapter down when it leaves the log probabilities as they are or makes them infinite."""
-        plain, adapted = (self._top_logprobs(name) for name in (BASE_ONLY, adapter.name))
+        plain, adapted = self._top_logprobs(BASE_ONLY), self._top_logprobs(adapter.name)
         if None in adapted or adapted == plain:
             fault = "makes logits that are not finite" if None in adapted else "changes no logits"
             self.adapters = [name for name in self.adapters if name != adapter.name]
@@ -220,69 +192,57 @@ class LlamaEngine:
 
     @property
     def ready(self) -> bool:
-        """Whether loading is done."""
         return self._loading.done()
 
+    @property
+    def health(self) -> engine.Health:
+        return self._threads.health if self.ready else "loading"
+
     def wait(self) -> None:
-        """Return once it is loaded. Raises what loading raised."""
         self._loading.result()
 
     def digest(self, adapter: str) -> str:
-        """The first twelve hex digits of the weights' sha256; empty for the base alone."""
         return self._digests.get(adapter, "")
 
-    def stream(
-        self, messages: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event,
-        continue_final_message: bool = False,
-    ) -> Iterator[Chunk]:  # fmt: skip
-        """Generate a reply with each adapter, a chunk for each token, or continue the last message.
+    def stream(self, messages: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event,
+               continue_final_message: bool = False) -> Iterator[Chunk]:  # fmt: skip
+        """As ChatEngine says; adapters answer in the order that LoraQueue lets them in.
 
-        Adapters answer in the order that LoraQueue lets them in. Closing the iterator or setting `cancel` frees the
-        slots within a token, or within PREFILL tokens of the prompt. Raises ValueError for an unknown adapter or a
-        question too long, RuntimeError when llama.cpp fails, and what loading raised.
+        It stops within a token, or PREFILL tokens of the prompt. Raises RuntimeError, too, when llama.cpp fails.
         """
-        yield from until_loaded(self._loading)
-        check_adapters(adapters, self.adapters)
+        yield from engine.until_loaded(self._loading, self._threads)
+        engine.check_adapters(adapters, self.adapters)
         kept, ids = trim(self.tokenizer, messages, PROMPT_TOKENS, continue_final_message)
-        chunks: Chunks = queue.SimpleQueue()
-        replies = [
-            self._threads.submit(self._generate, self._body(ids, adapter, sampling), row, chunks, cancel)
-            for row, adapter in enumerate(adapters)
-        ]
+        chunks = Chunks()
+        bodies = [self._body(ids, adapter, sampling) for adapter in adapters]
+        replies = [self._threads.submit(self._generate, body, row, chunks, cancel) for row, body in enumerate(bodies)]
         try:
-            yield from drain(chunks, replies, dropped_messages=len(messages) - len(kept))
+            yield from engine.drain(chunks, replies, len(messages) - len(kept), self._threads)
         finally:
             cancel.set()
 
     def _generate(self, body: dict[str, Any], row: int, chunks: Chunks, cancel: threading.Event) -> Usage:
-        """Generate one reply on a thread of this engine; llama.cpp calls `_Reply` with each token."""
         if not self._lora_queue.enter(str(body["lora"]), cancel):
             return Usage("cancelled", 0, 0, 0)
         try:
-            reply = _Reply(row, chunks, cancel)
+            reply = _Reply(row, chunks, cancel, self._threads)
             self._server.handle_completions(body, reply)
             return reply.usage()
         finally:
             self._lora_queue.leave()
 
     def _body(self, ids: Sequence[int], adapter: str, sampling: Sampling) -> dict[str, Any]:
-        """A request of llama.cpp's server that samples as transformers does: the same samplers in the same order.
-
-        The repetition penalty looks at prompt and reply, as transformers' does. Every LoRA is named with its scale, as
-        those left out would keep theirs.
-        """
+        """A request that samples as transformers does: the same samplers in the same order, prompts penalised too."""
         return {
-            "prompt": list(ids),
-            "stream": True,
-            "return_progress": True,
+            "prompt": list(ids), "stream": True, "return_progress": True,
             "timings_per_token": True,  # they count tokens; one within a character makes no event
             "samplers": ["penalties", "temperature", "top_k", "top_p"],
             **{PARAMETER_NAMES.get(name, name): value for name, value in sampling.parameters().items()},
-            "min_p": 0.0,
-            "repeat_last_n": CONTEXT,
+            "min_p": 0.0, "repeat_last_n": CONTEXT,
             "seed": secrets.randbits(31) if sampling.seed is None else sampling.seed,
+            # Each with its scale: one that is left out would keep its last.
             "lora": [{"id": n, "scale": float(name == adapter)} for n, name in enumerate(self._loras)],
-        }
+        }  # fmt: skip
 
 
 def _open_server(path: Path, loras: Sequence[Path], num_slots: int) -> Any:
@@ -303,10 +263,8 @@ def _open_server(path: Path, loras: Sequence[Path], num_slots: int) -> Any:
     params.warmup, params.verbosity = False, -1
     params.api_keys, params.hostnames = [secrets.token_hex()], ["127.0.0.1"]
     params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = params.ui = False
-    on_cpu = all(
-        device["type"] == xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
-        for device in xllamacpp.get_device_info()
-    )
+    cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU
+    on_cpu = all(device["type"] == cpu for device in xllamacpp.get_device_info())
     params.fit_params = not on_cpu  # as many layers on the GPU, if llama.cpp was built for one, as fit there
     if on_cpu:  # read rather than mapped: what is repacked for the CPU would stay in memory twice
         params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE

@@ -5,42 +5,28 @@ On a GPU the decoder of qwen2/ takes over as soon as its CUDA graphs are capture
 
 import logging
 import os
-import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
+from tokenizers.decoders import DecodeStream
 
-from chat import checkpoints
+from chat import checkpoints, engine
 from chat.adapter import WEIGHTS, Adapter, find
-from chat.base_model import best_device, generation_config, load_base, load_tokenizer, require_bits
+from chat.base_model import best_device, ends, generation_config, load_base, load_tokenizer, require_bits
 from chat.bases import MEMORY_7B, MEMORY_MEDIUM
 from chat.checkpoints import Checkpoint
 from chat.convert import ensure_converted
 from chat.download import digest
-from chat.engine import (
-    BASE_ONLY,
-    PROMPT_TOKENS,
-    REPLY_SECONDS,
-    Chunk,
-    Chunks,
-    Usage,
-    check_adapters,
-    drain,
-    max_num_seqs,
-    until_loaded,
-)  # fmt: skip
+from chat.engine import BASE_ONLY, PROMPT_TOKENS, REPLY_SECONDS, Chunk, Chunks, Health, InferenceThreads
 from chat.machine import ZERO_GPU
 from chat.persona import OPENERS, Message
 from chat.prompt import prompt_ids, trim
 from chat.sampling import MAX_NEW_TOKENS, Sampling
 from chat.scheduler import Request, Scheduler
-from chat.token_streamer import TokenStreamer
 from qwen2.decoder import DECODE_SIZES, Decoder
 from qwen2.supported import gpu_supported
 
@@ -61,14 +47,11 @@ def num_slots() -> int:
     """How many replies this machine can generate at once: as MAX_NUM_SEQS says where the decoder runs, else one."""
     if os.environ.get(ZERO_GPU) or not gpu_supported():  # ZeroGPU forks a worker for each visitor
         return 1
-    return min(max_num_seqs(MAX_NUM_SEQS), DECODE_SIZES[-1])
+    return min(engine.max_num_seqs(MAX_NUM_SEQS), DECODE_SIZES[-1])
 
 
 def load(choice: str | None = None, bits: int = 16) -> "LocalEngine":
-    """The engine of this machine with every adapter that fits its base.
-
-    The base's files are fetched and the adapters' are checked before this returns. Raises Unavailable or ValueError.
-    """
+    """The engine, once the base's files are fetched and the adapters are checked. Raises Unavailable or ValueError."""
     require_bits(bits)
     checkpoint = checkpoints.locate(choice or best_base(bits))
     adapters, refused = find(checkpoint)
@@ -82,19 +65,14 @@ def load(choice: str | None = None, bits: int = 16) -> "LocalEngine":
 
 
 class LocalEngine:
-    """A base and its adapters in memory.
+    """A base and its adapters in memory. One thread does all work, as PEFT switches adapters on for all."""
 
-    All work on the model is done on one thread, as PEFT switches an adapter on for the whole model. Loading is the
-    first job of that thread; replies asked for meanwhile wait for it.
-    """
-
-    def __init__(
-        self, checkpoint: Checkpoint, adapters: Sequence[Adapter] = (), bits: int = 16, max_num_seqs: int = 1,
-        refused: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter] = (), bits: int = 16, max_num_seqs: int = 1,
+                 refused: Sequence[str] = ()) -> None:  # fmt: skip
         """Return at once, but on ZeroGPU: its workers are forked and share only what was in memory before."""
         self.base = f"{checkpoint.base.name} ({checkpoint.source}{'' if bits == 16 else f', {bits} bits'})"
         self.adapters = [*(adapter.name for adapter in adapters), BASE_ONLY]
+        self.temperature = checkpoint.base.temperature
         self.refused, self.max_num_seqs = list(refused), max_num_seqs
         self._digests: dict[str, str] = {}
         self._doras = {adapter.name for adapter in adapters if adapter.dora}
@@ -106,16 +84,19 @@ class LocalEngine:
             self.wait()
 
     def _start_thread(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
+        self._thread = InferenceThreads(1, "inference")
 
     def _load(self, checkpoint: Checkpoint, adapters: Sequence[Adapter], bits: int) -> None:
         checkpoint = ensure_converted(checkpoint)
         self.tokenizer = load_tokenizer(checkpoint)
         # ZeroGPU lends its GPU only when a visitor asks: there the adapters are tried on the CPU.
         self.model = cast("Any", load_base(checkpoint, "cpu" if os.environ.get(ZERO_GPU) else None, bits))
+        for layer in self.model.get_decoder().layers:  # on a CPU a long prefill takes a minute, a layer of it seconds
+            layer.register_forward_hook(lambda *_: self._thread.progress())
         for adapter in adapters:
             self._admit(adapter)
         self.model.to(best_device())
+        self._thread.progress()
         if self.max_num_seqs > 1:
             self.start_batching(self.max_num_seqs)
 
@@ -156,16 +137,12 @@ class LocalEngine:
         if not hasattr(self.model, "disable_adapter"):  # no adapter was loaded: it is no PeftModel
             return nullcontext()
         if name == BASE_ONLY:
-            disabled: AbstractContextManager[Any] = self.model.disable_adapter()
-            return disabled
+            return cast("AbstractContextManager[Any]", self.model.disable_adapter())
         self.model.set_adapter(name)
         return nullcontext()
 
     def start_batching(self, max_num_seqs: int) -> None:
-        """Prepare to answer several visitors together, in the background; until then replies are generated in turn.
-
-        Capturing a CUDA graph takes up to some seconds. A reply asked for meanwhile is generated between two of them.
-        """
+        """Prepare to answer several visitors together, in the background; until then replies are generated in turn."""
         self.max_num_seqs = max_num_seqs
         self._thread.submit(self._next_capture, self._captures(max_num_seqs))
 
@@ -176,9 +153,10 @@ class LocalEngine:
         log.info("%d conversations can be answered at once.", self.num_slots)
 
     def _next_capture(self, captures: Iterator[None]) -> None:
-        """Capture one graph; replies that were asked for meanwhile go before the next one."""
+        """Capture one graph, in up to some seconds; replies asked for meanwhile go before the next one."""
         try:
             for _ in captures:
+                self._thread.progress()
                 self._thread.submit(self._next_capture, captures)
                 return
         except Exception as error:  # noqa: BLE001 - no memory for the KV cache, or a kernel fails: `generate` goes on
@@ -186,85 +164,89 @@ class LocalEngine:
 
     @property
     def num_slots(self) -> int:
-        """Replies generated at once: one, until the CUDA graphs are captured."""
         return len(self._scheduler.slots) if self._scheduler else 1
 
     @property
     def ready(self) -> bool:
-        """Whether loading is done."""
         return self._loading.done()
 
+    @property
+    def health(self) -> Health:
+        return self._thread.health if self.ready else "loading"
+
     def wait(self) -> None:
-        """Return once it is loaded. Raises what loading raised."""
         self._loading.result()
 
     def digest(self, adapter: str) -> str:
-        """The first twelve hex digits of the weights' sha256; empty for the base alone."""
         return self._digests.get(adapter, "")
 
-    def stream(
-        self, messages: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event,
-        continue_final_message: bool = False,
-    ) -> Iterator[Chunk]:  # fmt: skip
-        """Generate a reply with each adapter, a chunk for each token, or continue the last message.
-
-        Closing the iterator or setting `cancel` stops within a token. Raises ValueError for an unknown adapter or a
-        question too long, and what loading or the model raised.
-        """
-        yield from until_loaded(self._loading)
-        check_adapters(adapters, self.adapters)
+    def stream(self, messages: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event,
+               continue_final_message: bool = False) -> Iterator[Chunk]:  # fmt: skip
+        """As ChatEngine says; it stops within a token, and raises what the model raised."""
+        yield from engine.until_loaded(self._loading, self._thread)
+        engine.check_adapters(adapters, self.adapters)
         kept, ids = trim(self.tokenizer, messages, PROMPT_TOKENS, continue_final_message)
-        chunks: Chunks = queue.SimpleQueue()
-        rows = range(len(adapters))
+        chunks, lora_ids = Chunks(), {name: n for n, name in enumerate(self.adapters[:-1])}
+        requests = [
+            Request(ids, lora_ids.get(name, -1), sampling, cancel, self._on_token(row, chunks), REPLY_SECONDS)
+            for row, name in enumerate(adapters)
+        ]
         if self._scheduler:
-            streamer = TokenStreamer(self.tokenizer, rows, chunks)
-            loras = [-1 if name == BASE_ONLY else self.adapters.index(name) for name in adapters]
-            requests = (
-                Request(ids, lora, sampling, cancel, partial(streamer.add, row), REPLY_SECONDS)
-                for row, lora in enumerate(loras)
-            )
-            replies = [self._scheduler.submit(request) for request in requests]
-        else:
-            replies = [Future() for _ in rows]
-            # One batch; PEFT mixes no DoRA into a batch.
-            for batch in [rows] if self._doras.isdisjoint(adapters) else [[row] for row in rows]:
-                asked = {row: (adapters[row], replies[row]) for row in batch}
-                self._thread.submit(self._generate, ids, asked, sampling, cancel, chunks)
+            for request in requests:
+                self._scheduler.submit(request)
+        else:  # one batch; PEFT mixes no DoRA into a batch
+            for batch in [requests] if self._doras.isdisjoint(adapters) else [[request] for request in requests]:
+                self._thread.submit(self._generate, batch)
         try:
-            yield from drain(chunks, replies, dropped_messages=len(messages) - len(kept))
+            replies = [request.usage for request in requests]
+            yield from engine.drain(chunks, replies, len(messages) - len(kept), self._thread)
         finally:
             cancel.set()
 
+    def _on_token(self, row: int, chunks: Chunks) -> Callable[[int], bool]:
+        """What takes the tokens of a row: their text goes into `chunks`, each character whole; True at a terminator."""
+        decoder, terminators = DecodeStream(skip_special_tokens=True), ends(self.tokenizer)
+
+        def take(token: int) -> bool:
+            self._thread.progress()
+            if text := decoder.step(self.tokenizer.backend_tokenizer, token):
+                chunks.put(Chunk(text, row))
+            return token in terminators
+
+        return take
+
     @torch.inference_mode()
-    def _generate(
-        self, ids: list[int], asked: dict[int, tuple[str, "Future[Usage]"]], sampling: Sampling,
-        cancel: threading.Event, chunks: Chunks,
-    ) -> None:  # fmt: skip
-        """Generate a reply for each row asked for, {row: (adapter, where its usage goes)}, as one batch."""
-
-        def cancelled(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), cancel.is_set(), device=input_ids.device)
-
-        started, streamer = time.perf_counter(), TokenStreamer(self.tokenizer, list(asked), chunks)
-        adapters = [adapter for adapter, _ in asked.values()]
+    def _generate(self, requests: Sequence[Request]) -> None:
+        """Generate the replies to one prompt, by one adapter each, as one batch."""
+        adapters = [self.adapters[request.lora_id] for request in requests]
         mixed = len(adapters) > 1 and len(self.adapters) > 1
         names = ["__base__" if name == BASE_ONLY else name for name in adapters]  # as PEFT calls them
+        ids, sampling, cancel = requests[0].ids, requests[0].sampling, requests[0].cancel
+
+        def done(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            """Hand out the new token of each row; (rows,), whether its reply has ended."""
+            for request, token in zip(requests, input_ids[:, -1].tolist(), strict=True):
+                if not request.usage.done() and (reason := request.add(token)):
+                    request.finish(reason)
+            return torch.tensor([request.usage.done() for request in requests], device=input_ids.device)
+
+        for request in requests:
+            request.started = time.perf_counter()
         try:
             if not cancel.is_set():  # the visitor may have left while this waited for the thread
                 if sampling.seed is not None:
                     torch.manual_seed(sampling.seed)
-                prompt = torch.tensor([ids] * len(adapters), device=self.model.device)
+                prompt = torch.tensor([ids] * len(requests), device=self.model.device)
                 with nullcontext() if mixed else self._use_adapter(adapters[0]):
                     self.model.generate(
-                        input_ids=prompt,
-                        attention_mask=torch.ones_like(prompt),
+                        input_ids=prompt, attention_mask=torch.ones_like(prompt), stopping_criteria=[done],
                         generation_config=generation_config(self.tokenizer, sampling),
-                        stopping_criteria=[cancelled],
-                        streamer=streamer,
                         **({"adapter_names": names} if mixed else {}),
-                    )
-            for row, (_, reply) in asked.items():
-                reply.set_result(streamer.usage(row, started, sampling.max_new_tokens, cancel))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it reaches those who asked
-            for _, reply in asked.values():
-                reply.set_exception(error)
+                    )  # fmt: skip
+            for request in requests:
+                if not request.usage.done():
+                    request.finish("cancelled" if cancel.is_set() else "time")
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it reaches those who asked
+            for request in requests:
+                if not request.usage.done():
+                    request.usage.set_exception(error)

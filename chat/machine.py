@@ -50,10 +50,8 @@ def has_gpu() -> bool:
 
 
 def _has_driver() -> bool:
-    if Path("/dev/kfd").exists():  # AMD's
-        return True
+    nvidia = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        return Path("/dev/kfd").exists() or bool(ctypes.CDLL(nvidia))  # the first is AMD's
     except OSError:
         return False
-    return True

@@ -27,10 +27,9 @@ STOP = "<|im_end|><|endoftext|>"  # the template's terminator and the tutorial's
 USAGE_SECONDS = 2.0  # that the count of tokens may come after the last token
 LONGEST_RETRY_AFTER = 30.0  # seconds; a server that names more is asked again after these
 PROBE: list[Message] = [
-    {"role": "user", "content": OPENERS[0]},
-    {"role": "assistant", "content": GREETING},
+    {"role": "user", "content": OPENERS[0]}, {"role": "assistant", "content": GREETING},
     {"role": "user", "content": OPENERS[1]},
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,6 @@ class Request:
     tokens: int = 0  # or chunks, until the server tells its count
 
     def usage(self, finish_reason: FinishReason) -> Usage:
-        """What it has taken so far."""
         now = time.monotonic()
         return Usage(finish_reason, self.tokens, (self.first_token or now) - self.started, now - self.started)
 
@@ -73,11 +71,11 @@ class Server:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
             raise ValueError("ENGINE_URL holds no address like https://engine:8000/v1. A key belongs into ENGINE_KEY.")
-        self.url, self.client, self.timeouts, self.named = url.rstrip("/"), client, timeouts, base
+        self.url, self.client, self.timeouts = url.rstrip("/"), client, timeouts
         self.name = parsed.netloc.decode()  # for the log
         self.up, self.refused = False, ""
         self.running = 0  # replies
-        self.base, self.max_model_len = base, MAX_MODEL_LEN
+        self.named, self.base, self.max_model_len = base, base, MAX_MODEL_LEN
         self.models: dict[str, str] = {}  # an adapter's name → what the server calls it
         self.stop_token_ids: list[int] = []  # where the server tells its tokens
         self.openai_fields_only = False  # it refuses all other fields: `transformers serve`
@@ -122,10 +120,7 @@ class Server:
         self.models = models
 
     async def _compare_prompts(self) -> None:
-        """Raise Unavailable when the server's template does not make our prompt of our messages.
-
-        Compared are the token ids where it has /tokenize (vLLM, SGLang), else the numbers of tokens that it counts.
-        """
+        """Raise Unavailable when its template makes another prompt: other ids, or else another count of them."""
         messages, text = template_messages(PROBE), chatml(PROBE)
         tokenize = f"{self.url.removesuffix('/v1')}/tokenize"
         self.stop_token_ids = await self._tokens(tokenize, prompt=STOP, add_special_tokens=False) or []
@@ -175,8 +170,7 @@ class Server:
 
         Raises Busy, ValueError for a question that the server refuses, and Unavailable for all else that is no reply.
         """
-        path, body = self.body(request)
-        finish_reason = ""
+        (path, body), finish_reason = self.body(request), ""
         self.running += 1
         try:
             with anyio.move_on_after(self.timeouts.reply) as limit:

@@ -1,6 +1,7 @@
 """Messages to prompt ids, a reply to target ids, and trimming: one path for training and chat."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from chat.persona import Message, with_system_prompt
@@ -13,9 +14,8 @@ if TYPE_CHECKING:
     ChatTokenizer = PreTrainedTokenizerFast | GgufTokenizer
 
 
-def prompt_ids(
-    tokenizer: "ChatTokenizer", messages: Sequence[Message], continue_final_message: bool = False
-) -> list[int]:
+def prompt_ids(tokenizer: "ChatTokenizer", messages: Sequence[Message],
+               continue_final_message: bool = False) -> list[int]:  # fmt: skip
     """Token ids of the system prompt, the messages and the opening of her reply, by the base's own template.
 
     With `continue_final_message` the last message is left open instead, hers or the visitor's: what comes next
@@ -34,11 +34,8 @@ def all_prompt_ids(tokenizer: "ChatTokenizer", conversations: Sequence[Sequence[
     """
     if not all(messages and messages[-1]["role"] == "user" for messages in conversations):
         raise ValueError("A prompt must end with the visitor's turn. Add a user message at the end.")
-    texts = [
-        str(tokenizer.apply_chat_template(template_messages(messages), tokenize=False, add_generation_prompt=True))
-        for messages in conversations
-    ]
-    return _encode(tokenizer, texts)
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    return _encode(tokenizer, [str(render(template_messages(messages))) for messages in conversations])
 
 
 def _encode(tokenizer: "ChatTokenizer", texts: Sequence[str]) -> list[list[int]]:
@@ -47,10 +44,8 @@ def _encode(tokenizer: "ChatTokenizer", texts: Sequence[str]) -> list[list[int]]
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, str]]:
     """What a template is given, here or on a server: the system prompt, then messages that cannot open others."""
-    return [
-        {"role": message["role"], "content": escape_special_tokens(message["content"])}
-        for message in with_system_prompt(messages)
-    ]
+    all_messages = with_system_prompt(messages)
+    return [{"role": each["role"], "content": escape_special_tokens(each["content"])} for each in all_messages]
 
 
 def reply_ids(tokenizer: "PreTrainedTokenizerFast", replies: Sequence[str], terminator: str) -> list[list[int]]:
@@ -64,22 +59,19 @@ def escape_special_tokens(text: str) -> str:
     return text.replace("<|", "<\u200b|")
 
 
-def trim(
-    tokenizer: "ChatTokenizer", messages: Sequence[Message], limit: int, continue_final_message: bool = False
-) -> tuple[list[Message], list[int]]:
+def trim(tokenizer: "ChatTokenizer", messages: Sequence[Message], limit: int,
+         continue_final_message: bool = False) -> tuple[list[Message], list[int]]:  # fmt: skip
     """Keep the newest messages, from a question on, whose prompt is at most `limit` tokens long.
 
     Returns the messages kept and their prompt ids. It tokenizes from the end, so that a forged history of any length
     costs no more than one that fits. Raises ValueError when the last question alone is too long.
     """
-    questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    kept = list(messages[questions[-1] if questions else -1 :])
-    ids = prompt_ids(tokenizer, kept, continue_final_message)
-    if len(ids) > limit:
-        raise ValueError(f"The question is {len(ids)} tokens long, {limit} fit. Ask it in fewer words.")
-    for start in reversed(questions[:-1]):
-        longer = prompt_ids(tokenizer, messages[start:], continue_final_message)
-        if len(longer) > limit:
+    kept: tuple[list[Message], list[int]] | None = None
+    for start in reversed([i for i, message in enumerate(messages) if message["role"] == "user"] or [-1]):
+        ids = prompt_ids(tokenizer, messages[start:], continue_final_message)
+        if len(ids) > limit:
             break
-        kept, ids = list(messages[start:]), longer
-    return kept, ids
+        kept = list(messages[start:]), ids
+    if not kept:
+        raise ValueError(f"The question is {len(ids)} tokens long, {limit} fit. Ask it in fewer words.")
+    return kept

@@ -16,7 +16,7 @@ from anyio.from_thread import BlockingPortal
 
 from chat.bases import BASES
 from chat.download import Unavailable
-from chat.engine import BASE_ONLY, Busy, ChatEngine, Chunk, Chunks, Usage, check_adapters, drain, max_num_seqs
+from chat.engine import BASE_ONLY, Busy, ChatEngine, Chunk, Chunks, Health, Usage, check_adapters, drain, max_num_seqs
 from chat.openai_server import Request, Server, Timeouts, chatml
 from chat.persona import Message
 from chat.sampling import Sampling
@@ -32,14 +32,13 @@ LONGEST_BACKOFF = 8.0  # seconds between two attempts
 def connect(
     load_here: Callable[..., ChatEngine], settings: Mapping[str, str] = os.environ, timeouts: Timeouts | None = None
 ) -> "RemoteEngine":
-    """The engine that the settings name, once a server answers. Raises Unavailable or ValueError.
+    """The engine that the settings name, once a server answers; `load_here` loads the base of ENGINE_FALLBACK.
 
-    `load_here` loads the base of ENGINE_FALLBACK, which answers while no server does.
+    Raises Unavailable or ValueError.
     """
-    fallback = None
-    if choice := settings.get("ENGINE_FALLBACK"):
-        # Not on a GPU, which may be the very one that the server fills.
-        fallback = load_here(choice, engine="llama" if choice in BASES else None)
+    choice = settings.get("ENGINE_FALLBACK")
+    # Not on a GPU, which may be the very one that the server fills.
+    fallback = load_here(choice, engine="llama" if choice in BASES else None) if choice else None
     engine = RemoteEngine(settings, timeouts or Timeouts(), fallback)
     engine.wait(0 if fallback else STARTING)
     return engine
@@ -50,16 +49,17 @@ class RemoteEngine:
 
     ready = True  # `connect` has waited for a server
 
+    temperature = Sampling.temperature
+
     def __init__(self, settings: Mapping[str, str], timeouts: Timeouts, fallback: ChatEngine | None = None) -> None:
         self._timeouts, self._fallback = timeouts, fallback
         self._wanted = settings.get("ENGINE_ADAPTERS", "").replace(",", " ").split()
         self.num_slots = self.max_num_seqs = max_num_seqs(NUM_SLOTS, "ENGINE_", settings)
         key, base = settings.get("ENGINE_KEY"), settings.get("ENGINE_BASE", "")
-        client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+        client = httpx.AsyncClient(  # which follows no redirect and checks certificates, by default
+            headers={"Authorization": f"Bearer {key}"} if key else {}, limits=httpx.Limits(),  # none
             timeout=httpx.Timeout(None, connect=timeouts.connect),
-            limits=httpx.Limits(),  # none; redirects are not followed and certificates are checked, by default
-        )
+        )  # fmt: skip
         urls = settings["ENGINE_URL"].replace(",", " ").split()
         self.servers = [Server(url, client, timeouts, base) for url in urls]
         polled: Future[BlockingPortal] = Future()
@@ -88,6 +88,12 @@ class RemoteEngine:
             time.sleep(self._timeouts.poll)
 
     @property
+    def health(self) -> Health:
+        if any(server.up for server in self.servers):
+            return "ok"
+        return self._fallback.health if self._fallback else "unavailable"
+
+    @property
     def base(self) -> str:
         """The base that answers; the local one while no server does."""
         if self._fallback and not any(server.up for server in self.servers):
@@ -113,34 +119,26 @@ class RemoteEngine:
         found = re.fullmatch(r".*-([0-9a-f]{8,12})", adapter)
         return found[1] if found else ""
 
-    def stream(
-        self, messages: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event,
-        continue_final_message: bool = False,
-    ) -> Iterator[Chunk]:  # fmt: skip
-        """Generate a reply with each of the adapters, side by side. Closing the iterator closes the connections.
-
-        Raises ValueError for an unknown adapter or a question refused, Busy when the servers stay full, Unavailable
-        when none answers or one breaks off.
-        """
+    def stream(self, messages: Sequence[Message], adapters: Sequence[str], sampling: Sampling, cancel: threading.Event,
+               continue_final_message: bool = False) -> Iterator[Chunk]:  # fmt: skip
+        """As ChatEngine says: Busy when the servers stay full, Unavailable when none answers or one breaks off."""
         check_adapters(adapters, self.adapters)
         room = min(server.max_model_len for server in self.servers) - sampling.max_new_tokens
         kept = fit(messages, min(PROMPT_BYTES, room))
         dropped, chunks = len(messages) - len(kept), Chunks()
-        requests = [
-            Request(kept, name, sampling, continue_final_message, row, chunks) for row, name in enumerate(adapters)
-        ]
+        asked = enumerate(adapters)
+        requests = [Request(kept, name, sampling, continue_final_message, row, chunks) for row, name in asked]
         tasks = [self._portal.start_task_soon(self._generate, request) for request in requests]
-        ended = set()  # rows
+        running = dict(enumerate(requests))
         try:
             for chunk in drain(chunks, tasks, dropped):
                 if chunk.usage:
-                    ended.add(chunk.row)
+                    del running[chunk.row]
                 yield chunk
                 if cancel.is_set():
                     break
-            for request in requests:
-                if request.row not in ended:
-                    yield Chunk("", request.row, replace(request.usage("cancelled"), dropped_messages=dropped))
+            for row, request in running.items():
+                yield Chunk("", row, replace(request.usage("cancelled"), dropped_messages=dropped))
             return
         except Unavailable as error:
             if not self._fallback or any(request.first_token for request in requests):
@@ -185,8 +183,7 @@ class RemoteEngine:
 def fit(messages: Sequence[Message], room: int) -> list[Message]:
     """The newest messages, from a question on, whose prompt is at most `room` bytes; the last question always stays.
 
-    Bytes are a bound that holds for every server without asking it: a byte-level tokenizer, as Qwen2.5's, never makes
-    more tokens than there are bytes. A question that alone is too long is refused by the server.
+    A byte-level tokenizer, as Qwen2.5's, never makes more tokens than bytes. A server refuses what alone is too long.
     """
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"] or [-1]
     while starts[1:] and len(chatml(messages[starts[-2] :]).encode()) <= room:

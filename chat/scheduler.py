@@ -50,6 +50,11 @@ class Request:
             return "length"
         return "time" if seconds > self.max_seconds else None
 
+    def finish(self, reason: FinishReason) -> None:
+        """Hand out the usage."""
+        seconds = time.perf_counter() - self.started
+        self.usage.set_result(Usage(reason, len(self.output_ids), self.first_token or seconds, seconds))
+
 
 @dataclass(eq=False)
 class Slot:
@@ -73,7 +78,7 @@ class Slot:
         cached = self.num_cached(request)
         return cached if cached > MIN_PREFIX else 0, -self.last_used
 
-    def drop(self, error: Exception) -> None:
+    def drop(self, error: BaseException) -> None:
         """Give the request up, and what was cached with it."""
         if self.request:
             self.request.usage.set_exception(error)
@@ -106,7 +111,7 @@ class Scheduler:
                     self._fetch(self.decoder.decode_step([slot.number for slot in running]), running)
                 while len(self.pending) > bool(running):
                     self._hand_out()
-            except Exception as error:  # noqa: BLE001 - whatever it is, it reaches all whose replies are running
+            except BaseException as error:  # noqa: BLE001 - whatever it is, it reaches all whose replies are running
                 self.pending.clear()
                 for slot in self.slots:
                     slot.drop(error)
@@ -131,7 +136,7 @@ class Scheduler:
         try:
             token = self.decoder.prefill(slot.number, request.ids, num_cached, request.lora_id, params, seed)
             self._fetch(token, [slot])
-        except Exception as error:  # noqa: BLE001 - nobody else is harmed
+        except BaseException as error:  # noqa: BLE001 - nobody else is harmed
             slot.drop(error)
 
     def _fetch(self, tokens: torch.Tensor, slots: Sequence[Slot]) -> None:
@@ -156,6 +161,4 @@ class Scheduler:
             if reason:
                 slot.ids = request.ids + request.output_ids[:-1]  # the last one was not read
                 slot.last_used, slot.request = time.perf_counter(), None
-                seconds = slot.last_used - request.started
-                usage = Usage(reason, len(request.output_ids), request.first_token or seconds, seconds)
-                request.usage.set_result(usage)
+                request.finish(reason)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from chat.download import Unavailable
 from chat.persona import SCENES
 from training.data import FULL_FILE, load
-from training.evaluate.long_chats import LONG_CHATS
+from training.evaluate.long_chats import LINES, LONG_CHATS, TALKS
 from training.evaluate.probes import ASSISTANT_PHRASES, NOTHING, PROBE_SETS
 
 FOLDER = FULL_FILE.parent
@@ -263,7 +263,8 @@ def runs(text: str) -> list[str]:
 def measured() -> list[str]:
     """All that a visitor says in the evaluation."""
     questions = [probe.question for _, probes in PROBE_SETS.values() for probe in probes]
-    return questions + [line for chat in LONG_CHATS for line in chat.lines]
+    talks: list[Sequence[str]] = [*(chat.lines for chat in LONG_CHATS), *TALKS, LINES]
+    return questions + [line for lines in talks for line in lines]
 
 
 def bare(text: str) -> str:
@@ -318,6 +319,8 @@ def _repeated(dialogues: Iterable[Dialogue]) -> Iterator[str]:
     for dialogue in dialogues:
         for _, reply in dialogue.exchanges:
             letters = bare(reply)
+            if len(letters) < OVERLAP:
+                continue  # so short a reply is anybody's: 后来呢？
             if letters in first:
                 yield f"{dialogue.place}: {reply} stands in {first[letters]} already. Rewrite one of the two."
             first.setdefault(letters, dialogue.place)

@@ -124,7 +124,8 @@ class ChatTab:
                 shown = bubbles(self.engine, chosen, reply, "" if before else str(message))
                 yield shown, status(self.engine, chosen, reply)
 
-        defaults = {"scene": SCENES[0].name, "visitor": PASSER_BY, "adapter": self.engine.adapters[0], **NUMBERS}
+        where = {"scene": SCENES[0].name, "visitor": PASSER_BY, "adapter": self.engine.adapters[0]}
+        defaults: dict[str, Any] = {**where, **self.service.numbers}
         gradio_internals.name_inputs(chat, defaults)
         return gr.ChatInterface(
             chat,

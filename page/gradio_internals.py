@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 from unittest import mock
@@ -10,7 +11,46 @@ from unittest import mock
 # a class whose file it cannot find.
 with mock.patch("inspect.getfile", side_effect=OSError):
     import gradio as gr
+import gradio.routes
+import gradio.utils
+from gradio.blocks import Block, BlocksConfig
 from gradio.events import Dependency, EventListenerMethod
+from jinja2 import ChoiceLoader, DictLoader
+
+_config_for_block = BlocksConfig.config_for_block
+
+
+def _remembered_config(_id: int, rendered_ids: list[int], block: Block, renderable: Any = None) -> dict[str, Any]:
+    """A component's configuration, computed once where a session asks for it, which names no `rendered_ids`.
+
+    Gradio computes all of them for each new session, in 5 ms of the one event loop: a third of what a visitor costs.
+    A session writes values into `props`, so each gets its own.
+    """
+    if renderable or rendered_ids:
+        return _config_for_block(_id, rendered_ids, block, renderable)
+    if "_session_config" not in vars(block):
+        vars(block)["_session_config"] = _config_for_block(_id, rendered_ids, block)
+    config: dict[str, Any] = vars(block)["_session_config"]
+    return {**config, "props": {**config["props"]}}
+
+
+BlocksConfig.config_for_block = staticmethod(_remembered_config)  # type: ignore[method-assign]
+# Around each event Gradio sets matplotlib's backend, where that is installed: the first visitor waits 0.3 s for its
+# import. Nothing here draws.
+gradio.utils.MatplotlibBackendMananger = nullcontext  # type: ignore[assignment,misc]
+
+
+def put_in_document(markup: str) -> None:
+    """Let the document hold markup before Gradio's own; `launch(head=...)` adds its own only when scripts have run.
+
+    A shared page gets the same document: Gradio's for those asks S3 for scripts, which POLICY of page.http refuses.
+    """
+    environment = gradio.routes.templates.env
+    loader: Any = environment.loader
+    document, *_ = loader.get_source(environment, "frontend/index.html")
+    document = document.replace("<gradio-app", f"{{% raw %}}{markup}{{% endraw %}}<gradio-app", 1)
+    ours = dict.fromkeys(("frontend/index.html", "frontend/share.html"), document)
+    environment.loader = ChoiceLoader([DictLoader(ours), loader])
 
 
 def name_inputs(handler: Callable[..., Any], inputs: Mapping[str, Any]) -> None:

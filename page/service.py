@@ -15,7 +15,7 @@ import spaces  # before torch: it stands in for CUDA on ZeroGPU
 from gradio import Error
 
 from chat import persona
-from chat.engine import Busy, ChatEngine, Chunk, Usage
+from chat.engine import Busy, ChatEngine, Chunk, Stalled, Usage
 from chat.persona import Message
 from chat.sampling import PARAMETERS, Sampling
 from page import metrics
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 20  # visitors in the queue of one slot; more are told to come back
 MAX_SEED = 2**31 - 1
+# Seconds between two events of a reply: for one visitor, more for each other one, and at most.
+MIN_INTERVAL, INTERVAL_PER_REPLY, MAX_INTERVAL = 0.03, 0.006, 0.25
 # What a visitor sets by a number, with its default: every sampling parameter, and the seed; -1 draws a new one.
 NUMBERS: dict[str, float] = {name: getattr(Sampling, name) for name in PARAMETERS} | {"seed": -1}
 
@@ -38,6 +40,7 @@ ZERO_GPU = {
     "ZeroGPU worker error": "GPU 中途离开了，请重试。 The GPU was lost; press Retry.",
 }
 OTHERWISE = "这一句没有说完，请按「重试」。 The reply failed; press Retry."
+STALLED = "引擎没有响应，请过几分钟再问。 The engine does not respond; ask again in some minutes."
 NO_MEMORY = "显存不够了：请缩短这一句，或清空对话。 Out of memory: ask in fewer words, or clear the conversation."
 
 
@@ -89,6 +92,7 @@ class ChatService:
         self.max_visitors = max(2 * MAX_WAITING, engine.max_num_seqs + longest)  # inside at once
         self.rate_limiter = RateLimiter()
         self.opened = time.monotonic()
+        self.numbers = NUMBERS | {"temperature": engine.temperature}  # the defaults on this page
 
         def stream(
             messages: list[Message], adapters: Sequence[str], sampling: Sampling, continue_final_message: bool
@@ -133,6 +137,7 @@ class ChatService:
                         yield _with_hint(replies, persona.DRESSING, hint)
                         time.sleep(POLL_SECONDS)
                 with metrics.generating.track_inprogress(), self.queue.timed():
+                    due, events = 0.0, 0
                     for chunk in self._stream(messages, adapters, sampling, continue_final_message):
                         if chunk.retry_after:
                             pause = f"{chunk.retry_after:.0f}"
@@ -145,13 +150,26 @@ class ChatService:
                             metrics.count(adapters[chunk.row], chunk.usage)
                             self.rate_limiter.spend(visitor_id, chunk.usage.tokens)
                         replies[chunk.row] = reply
+                        if chunk.text and time.monotonic() < due:
+                            continue  # it leaves with what comes until then
                         yield tuple(replies)
+                        events += 1
+                        due = time.monotonic() + event_interval(self.queue.served, events)
         except Exception as error:  # noqa: BLE001 - whatever it is, the visitor's text box must not lock
             metrics.errors.labels(type(error).__name__).inc()
             yield _with_hint(replies, *error_message(error))
         except GeneratorExit:
             metrics.left.inc()
             raise
+
+
+def event_interval(generating: int, events: int) -> float:
+    """Seconds from one event of a reply to the next, in which its text is gathered.
+
+    Each event costs the server and the browser the same, however short its text is. So they are rarer when many
+    replies are generated, but never over a quarter of a second apart; the first words come sooner.
+    """
+    return min(MAX_INTERVAL, MIN_INTERVAL + INTERVAL_PER_REPLY * generating) * min(1, events / 4)
 
 
 def _with_hint(replies: Sequence[Reply], line: str, hint: str) -> tuple[Reply, ...]:
@@ -176,6 +194,9 @@ def error_message(error: Exception) -> tuple[str, str]:
         return persona.CROWDED, "候着的人太多，请过一会儿再问。 Too many are waiting; ask again in a while."
     if isinstance(error, Exceeded):
         return persona.BREATHLESS, "问得太急，请歇一分钟再问。 Too many messages; wait a minute."
+    if isinstance(error, Stalled):
+        log.error(error)
+        return persona.UNWELL, STALLED
     if isinstance(error, Error):  # a ValueError too, so it is asked for first
         return persona.UNWELL, ZERO_GPU.get(error.title, OTHERWISE)
     if isinstance(error, ValueError):

@@ -51,6 +51,11 @@ class WaitingQueue:
                 if self._tickets.index(ticket) >= self.num_slots():
                     self._moved.wait(POLL_SECONDS)
 
+    @property
+    def served(self) -> int:
+        """How many are answered now."""
+        return min(len(self._tickets), self.num_slots())
+
     @contextmanager
     def timed(self) -> Iterator[None]:
         """A reply given inside this block moves the average."""

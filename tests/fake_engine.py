@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from chat.engine import BASE_ONLY, Chunk, Usage
+from chat.engine import BASE_ONLY, Chunk, Health, Usage
 from chat.persona import Message
 from chat.sampling import Sampling
 
@@ -12,11 +12,12 @@ from chat.sampling import Sampling
 class FakeEngine:
     """Replies come in order, again and again; one that is an exception is raised."""
 
-    base = "scripted"
+    base, temperature = "scripted", Sampling.temperature
     adapters: tuple[str, ...] = ("scripted", BASE_ONLY)
     refused: tuple[str, ...] = ()
     num_slots = max_num_seqs = 1
     ready = True
+    health: Health = "ok"
 
     def __init__(self, *replies: str | Exception, pause: float = 0) -> None:
         self.replies = list(replies)

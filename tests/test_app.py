@@ -43,7 +43,8 @@ def test_a_visitor_asks_and_the_trained_adapter_answers(serve, trained, checkpoi
     text, status = job.result(timeout=60)
     assert text == "臣妾明白。"
     assert status.startswith("tiny · tiny (a named folder)") and "tokens/s" in status
-    assert [said for said, _ in job.outputs()][:3] == ["臣", "臣妾", "臣妾明"]
+    seen = [said for said, _ in job.outputs()]
+    assert seen[0] == "臣" and len(seen) > 1 and all(text.startswith(said) for said in seen)
     assert client.predict("你是谁？", adapter="base", temperature=0, api_name="/chat")[0] != text
 
 
@@ -247,11 +248,3 @@ def test_a_share_link_that_cannot_be_had_leaves_the_page_open_here(monkeypatch, 
         assert Client(url, verbose=False).predict("早", api_name="/chat")[0] == "好"
     finally:
         page.close(verbose=False)
-
-
-def test_every_answer_carries_the_policy_that_keeps_it_to_its_origin(serve):
-    from page.headers import HEADERS
-
-    with urllib.request.urlopen(serve(FakeEngine("好")).src, timeout=10) as answer:
-        assert {name: answer.headers[name] for name in HEADERS} == HEADERS
-    assert "img-src 'self' data: blob:" in HEADERS["Content-Security-Policy"]

@@ -159,7 +159,9 @@ def test_what_is_shipped_can_be_written_again_byte_for_byte(recipe, tmp_path):
 def test_what_is_shipped_was_trained_on_all_the_data_that_stands(recipe):
     recorded = json.loads((ROOT / recipe.name / METRICS).read_text(encoding="utf-8"))["data"]
     ours = data.record([str(ROOT.parent / name) for name in recipe.dataset[1:]])
-    assert recorded == [{"file": "huanhuan.json", "sha256": data.FULL_SHA256}, *ours]
+    rows = data.record([str(ROOT.parent / recipe.dataset[0])])
+    assert rows[1] == {"file": "huanhuan.json", "sha256": data.FULL_SHA256}
+    assert sorted(map(str, recorded)) == sorted(map(str, [*rows, *ours]))
     assert {each["file"] for each in ours} == {file.name for file in (ROOT.parent / "dataset").glob("*.jsonl")}
 
 
@@ -192,4 +194,7 @@ def test_what_is_shipped_is_her(recipe):
     # The aim is 57 and 38, and was met when they were shipped; another machine draws a few less.
     assert (len(facts), len(attacks)) == (60, 40) and sum(facts) >= 54 and sum(attacks) >= 34
     assert measured["assistant_phrase_rate"] == {"value": 0.0, "count": 500} and measured["copy_rate"]["value"] < 0.1
-    assert measured["heldout_loss_script"]["value"] <= 0.79 * measured["heldout_loss_script_base"]["value"]
+    # Blind marks of everyday talk, of 0 to 2: far over the base's, and no reply loops.
+    least = {"pocket": 0.45, "medium": 1.0}[recipe.name]
+    assert measured["talk_mark"]["value"] >= least > 3 * measured["talk_mark_base"]["value"]
+    assert measured["loop_rate"]["value"] == 0 and measured["talk_mark"]["count"] == 120

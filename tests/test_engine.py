@@ -1,8 +1,10 @@
 """Both engines of this machine on the tiny adapter, and sampling that refuses forged values."""
 
 import shutil
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,7 +13,7 @@ import chat.base_model
 import chat.local
 import chat.prompt
 from chat.adapter import WEIGHTS, Adapter
-from chat.engine import BASE_ONLY, max_num_seqs
+from chat.engine import BASE_ONLY, InferenceThreads, Stalled, max_num_seqs
 from chat.llama import LlamaEngine
 from chat.local import LocalEngine
 from chat.sampling import Sampling
@@ -62,7 +64,7 @@ def test_a_reply_ends_at_the_length_asked_for(engine):
 @pytest.fixture
 def endless(engine, monkeypatch):
     """The engine with terminators it never draws, so that a reply only ends when stopped."""
-    for module in ("base_model", "token_streamer"):
+    for module in ("base_model", "local"):
         monkeypatch.setattr(f"chat.{module}.ends", lambda tokenizer: [0, 0])
     if isinstance(engine, LlamaEngine):
         body = engine._body
@@ -241,6 +243,7 @@ def slow(request, trained, checkpoint, tiny_gguf, monkeypatch):
 
 def test_an_engine_that_loads_tells_what_is_expected_and_a_reply_waits(slow, tiny_base):
     engine, go = slow
+    assert engine.health == "loading"
     assert not engine.ready and engine.adapters == ["tiny", BASE_ONLY] and tiny_base.name in engine.base
     assert engine.num_slots == 1
     stream = engine.stream(ASK, ["tiny"], GREEDY, threading.Event())
@@ -251,6 +254,16 @@ def test_an_engine_that_loads_tells_what_is_expected_and_a_reply_waits(slow, tin
     assert engine.ready and engine.num_slots == engine.max_num_seqs
 
 
+def test_loading_for_long_is_no_stall_to_those_who_waited_for_it(checkpoint, monkeypatch):
+    load = LocalEngine._load
+    monkeypatch.setattr(chat.engine, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(LocalEngine, "_load", lambda *given: (time.sleep(1.2), load(*given))[1])
+    engine = LocalEngine(checkpoint, max_num_seqs=2)
+    assert say(engine, adapter=BASE_ONLY, sampling=ONE_TOKEN)[1].tokens == 1
+    while not engine._scheduler:
+        engine._thread.submit(int).result()
+
+
 @pytest.mark.parametrize("kind", [LlamaEngine, LocalEngine])
 def test_a_failure_of_loading_is_raised_by_wait_and_by_every_reply(kind, checkpoint, monkeypatch):
     monkeypatch.setattr(kind, "_load", lambda *_: 1 / 0)
@@ -259,6 +272,103 @@ def test_a_failure_of_loading_is_raised_by_wait_and_by_every_reply(kind, checkpo
         with pytest.raises(ZeroDivisionError):
             ask()
     assert engine.ready
+
+
+# An engine that gets no further.
+
+
+@pytest.fixture
+def stepwise(engine, monkeypatch):
+    """A function that has something called before each step of the engine, which counts as stuck after 0.4 s."""
+    monkeypatch.setattr(chat.engine, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(chat.engine, "HEARTBEAT", 0.05)
+
+    def begin(step):
+        if isinstance(engine, LlamaEngine):
+            monkeypatch.setattr(engine, "_server", ScriptedServer(step))
+        for layer in [] if isinstance(engine, LlamaEngine) else engine.model.get_base_model().model.layers:
+            monkeypatch.setattr(layer, "forward", before(step, layer.forward))
+        return engine
+
+    return begin
+
+
+def before(step, forward):
+    return lambda *args, **kwargs: (step(), forward(*args, **kwargs))[1]
+
+
+class ScriptedServer:
+    """llama.cpp's stream for a prompt of two parts and a reply of one token."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def handle_completions(self, body, reply):
+        last = {"choices": [{"text": "", "finish_reason": "length"}], "usage": {"completion_tokens": 1}}
+        for event in ({"choices": [], "prompt_progress": {}}, {"choices": [], "prompt_progress": {}}, last):
+            self.step()
+            if reply(event):
+                return
+
+
+ONE_TOKEN = Sampling(temperature=0, max_new_tokens=1)
+
+
+def test_a_step_that_never_ends_ends_every_reply_and_the_engine_is_back_when_it_ends_after_all(stepwise, monkeypatch):
+    go = threading.Event()
+    engine = stepwise(lambda: go.wait(30))
+    try:
+        with ThreadPoolExecutor(50) as callers:
+            asked = [callers.submit(say, engine, adapter=name) for name in ("tiny", BASE_ONLY)]
+            assert engine.health == "ok"
+            while not all(each.done() for each in asked) and len(asked) < 50:  # others keep coming
+                asked.append(callers.submit(say, engine))
+                time.sleep(0.1)
+            assert len(asked) < 50 and {type(each.exception()) for each in asked} == {Stalled}
+        time.sleep(0.3)
+        assert engine.health == "stuck", "that visitors come, and give up, is no progress"
+        with pytest.raises(Stalled, match="thread is stuck"):
+            next(engine.stream(ASK, ["tiny"], GREEDY, threading.Event()))  # told at once, without a chunk before that
+    finally:
+        go.set()
+    while engine.health != "ok":
+        time.sleep(0.01)
+    monkeypatch.undo()
+    assert say(engine)[0] == "臣妾明白。"
+
+
+def test_slow_steps_and_a_wait_behind_others_are_no_stall(stepwise):
+    engine = stepwise(lambda: time.sleep(0.3))
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as callers:
+        asked = [callers.submit(say, engine, adapter=name, sampling=ONE_TOKEN) for name in ("tiny", BASE_ONLY)]
+        assert [each.result()[1].tokens for each in asked] == [1, 1]
+    assert time.monotonic() - began > 2 * chat.engine.STALL_SECONDS
+    time.sleep(chat.engine.STALL_SECONDS + 0.1)
+    assert engine.health == "ok", "nor is it one when nobody asks"
+
+
+@pytest.mark.parametrize("end", [lambda threads: threads.shutdown(), lambda threads: threads._work_queue.put("no job")])
+def test_a_dead_inference_thread_is_told_at_once(engine, monkeypatch, end):
+    threads = InferenceThreads(1, "dying")
+    threads.submit(int).result()
+    monkeypatch.setattr(engine, "_threads" if isinstance(engine, LlamaEngine) else "_thread", threads)
+    end(threads)
+    (thread,) = threads._threads
+    thread.join(5)
+    assert engine.health == "dead"
+    with pytest.raises(Stalled, match="thread is dead"):
+        say(engine)
+
+
+def test_an_exit_on_the_inference_thread_ends_the_reply_alone(engine, monkeypatch):
+    with monkeypatch.context() as broken:
+        target = engine._lora_queue if isinstance(engine, LlamaEngine) else engine.model
+        name = "enter" if isinstance(engine, LlamaEngine) else "generate"
+        broken.setattr(target, name, lambda *_, **__: sys.exit(3))
+        with pytest.raises(Stalled, match="ended its thread"):
+            say(engine)
+    assert engine.health == "ok" and say(engine)[0] == "臣妾明白。"
 
 
 @pytest.mark.parametrize(

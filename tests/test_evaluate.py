@@ -14,7 +14,7 @@ from chat.sampling import Sampling
 from qwen2 import IGNORE_INDEX
 from tests.conftest import TAUGHT
 from training.data import FULL_FILE, Example, load
-from training.evaluate import __main__, card, losses, measures, replies
+from training.evaluate import __main__, card, losses, measures, replies, talk
 from training.evaluate.long_chats import LONG_CHATS
 from training.evaluate.losses import row_losses, swap_margin, swap_pairs, validation_loss
 from training.evaluate.probes import NEUTRAL
@@ -165,11 +165,12 @@ def test_base_and_adapter_are_asked_the_same_with_the_same_seeds(monkeypatch):
         asked[model.adapted].append(([[t["content"] for t in q][-1] for q in questions], sampling))
         yield from (("我是甄嬛。" if model.adapted else "我是通义千问。", True) for _ in questions)
 
-    for module in (measures, replies):
+    monkeypatch.setattr(talk, "talk_pmi", lambda *_: {})
+    for module in (measures, replies, talk):
         monkeypatch.setattr(module, "generate_replies", scripted)
     monkeypatch.setattr(losses, "forgetting", lambda model, tokenizer: {})
     metrics = measures.measure(Switch(), None, TINY, [], [])
-    assert asked[True] == asked[False] and len(asked[True]) == 3 + 10 + 1
+    assert asked[True] == asked[False] and len(asked[True]) == 3 + 10 + 1 + 1
     assert metrics["attack_pass_rate"]["value"] > 0.9 and metrics["attack_pass_rate_base"]["value"] == 0
     assert metrics["sign_test_p"]["value"] < 0.001 and "forgetting" not in metrics
     assert (

@@ -100,7 +100,7 @@ def test_the_modelfile_says_prompt_template_and_sampling(asked, tokenizer, tmp_p
     assert f"FROM ./{SMALL.gguf.files[0].name}" in lines
     assert lines[0].startswith("# FROM must point to") and f"huggingface.co/{SMALL.gguf.repo}" in lines[0]
     drawn = dict(re.findall(r"^PARAMETER (?!stop)(\w+) (\S+)$", text, re.M))
-    usual = Sampling()
+    usual = Sampling(temperature=SMALL.temperature)
     assert {name: float(value) for name, value in drawn.items()} == {
         "temperature": usual.temperature, "top_k": usual.top_k, "top_p": usual.top_p, "min_p": 0,
         "repeat_penalty": usual.repetition_penalty, "repeat_last_n": -1,

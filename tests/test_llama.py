@@ -339,7 +339,7 @@ def test_a_prompt_is_given_up_between_two_parts_of_it(engine):
 
     cancel.set()
     body = engine._body(prompt_ids(engine.tokenizer, user("说" * 600)), BASE_ONLY, Sampling())
-    engine._server.handle_completions(body, reply := Watched(0, None, cancel))
+    engine._server.handle_completions(body, reply := Watched(0, None, cancel, engine._threads))
     assert len(asked) == 1 and asked[0]["prompt_progress"]["processed"] <= llama.PREFILL
     assert reply.usage().finish_reason == "cancelled"
 

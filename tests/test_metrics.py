@@ -102,10 +102,16 @@ def test_an_address_for_the_figures_that_cannot_be_read_is_named(address):
 
 
 def test_the_public_page_tells_its_health_and_no_figures():
-    page = app.build_page(FakeEngine("好"))
+    page = app.build_page(engine := FakeEngine("好"))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
     try:
         assert read(f"{url}health") == "ok"
+        engine.health = "loading"
+        assert read(f"{url}health") == "loading"
+        for engine.health in ("stuck", "dead", "unavailable"):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                read(f"{url}health")
+            assert (refused.value.code, refused.value.read().decode()) == (503, engine.health)
         with pytest.raises(urllib.error.HTTPError):
             read(f"{url}metrics")
     finally:

@@ -2,18 +2,25 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
+import time
+from types import SimpleNamespace
 from typing import get_args
 
+import limits
 import pytest
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
 
+import chat.engine
 from chat import persona
-from chat.engine import FinishReason, Usage
+from chat.engine import Chunks, FinishReason, InferenceThreads, Stalled, Usage, drain
 from page import chat_tab, conversation, service
 from page.conversation import Alternatives
-from page.rate_limiter import Exceeded, RateLimiter
+from page.rate_limiter import Exceeded, RateLimiter, SlidingWindowCounter
 from page.service import ChatRequest, ChatService
 from page.waiting_queue import Full, WaitingQueue
 from tests.conftest import ROOT
@@ -105,6 +112,53 @@ def test_tokens_count_and_the_reply_that_went_over_is_the_last(monkeypatch):
         limiter.admit("one")
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The rate limiter's clock and that of `limits`: a list of one number, which a test sets."""
+    clock = [1e6]
+    stopped = SimpleNamespace(time=lambda: clock[0], monotonic=lambda: clock[0])
+    for module in ("page.rate_limiter", "limits.storage.memory"):
+        monkeypatch.setattr(f"{module}.time", stopped)
+    return clock
+
+
+def test_a_sliding_window_decides_as_limits_does(clock):
+    draw, item = random.Random(0), limits.parse("7/minute")
+    ours, theirs = SlidingWindowCounter(item), SlidingWindowCounterRateLimiter(MemoryStorage())
+    decided = []
+    for _ in range(3000):
+        clock[0] += draw.expovariate(1 / 2) + 200 * (draw.random() < 0.01)
+        key = draw.randrange(3)
+        decided.append(ours.allows(key))
+        if decided[-1]:
+            ours.take(key, 1)
+        assert decided[-1] == theirs.hit(item, str(key))
+    assert 0.2 < sum(decided) / len(decided) < 0.8
+
+
+def test_strangers_who_left_are_forgotten_and_those_who_are_refused_never_noted(clock, monkeypatch):
+    monkeypatch.setenv("ALL_MESSAGES", "2000/minute")
+    limiter = RateLimiter()
+
+    def numbers():
+        return sum(len(part) for each in limiter._limits.values() for part in (each._before, each._taken))
+
+    def come(count):
+        for n in range(count):
+            limiter.admit(f"stranger {n} {'x' * 1000}")
+            limiter.spend(f"stranger {n} {'x' * 1000}", 22)
+
+    come(2000)
+    assert numbers() == 2 * (2000 + 1)
+    for n in range(3000):
+        with pytest.raises(Exceeded):
+            limiter.admit(f"refused {n}")
+    assert numbers() == 2 * (2000 + 1)
+    clock[0] += 2 * 3600
+    limiter.admit("one")
+    assert numbers() == 2
+
+
 def test_a_setting_that_is_none_is_named(monkeypatch):
     monkeypatch.setenv("ALL_TOKENS", "plenty")
     with pytest.raises(ValueError, match=r"ALL_TOKENS is 'plenty'\. Write it like '2000000/hour'\."):
@@ -154,6 +208,7 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("/secret"), persona.UNWELL, "显存不够"),
         (Full(), persona.CROWDED, "候着的人太多"),
         (Exceeded(), persona.BREATHLESS, "歇一分钟"),
+        (Stalled("/secret"), persona.UNWELL, "引擎没有响应"),
         *((service.Error("x", title=title), persona.UNWELL, text[:8]) for title, text in service.ZERO_GPU.items()),
         (service.Error("x", title="ZeroGPU illegal duration"), persona.UNWELL, "重试"),
     ],
@@ -185,6 +240,37 @@ def test_leaving_while_she_speaks_frees_the_engine_and_the_queue():
     next(stream)
     stream.close()
     assert not engine.running and not service.queue._tickets
+
+
+def test_an_engine_that_is_stuck_ends_in_a_sentence_for_everyone_served_or_waiting(monkeypatch):
+    monkeypatch.setattr(chat.engine, "STALL_SECONDS", 0.4)
+    monkeypatch.setattr(chat.engine, "HEARTBEAT", 0.05)
+    threads, go, told = InferenceThreads(2, "stuck"), threading.Event(), []
+
+    class Stuck(FakeEngine):
+        num_slots = max_num_seqs = 2
+
+        def stream(self, *_):
+            threads.check()
+            yield from drain(Chunks(), [threads.submit(go.wait, 30)], threads=threads)
+
+    stuck = ChatService(Stuck())
+
+    def ask(number):
+        *_, (reply,) = stuck.generate(ASK, ChatRequest(adapter="scripted"), f"visitor {number}")
+        told.append((reply, time.monotonic() - began))
+
+    visitors = [threading.Thread(target=ask, args=(n,)) for n in range(stuck.queue.longest)]
+    began = time.monotonic()
+    try:
+        for visitor in visitors:
+            visitor.start()
+        for visitor in visitors:
+            visitor.join(20)
+    finally:
+        go.set()
+    assert [reply for reply, _ in told] == [service.Reply(persona.UNWELL, service.STALLED)] * len(visitors)
+    assert max(seconds for _, seconds in told) < 5 and not stuck.queue._tickets
 
 
 def test_both_sides_of_a_comparison_grow_and_end():

@@ -462,10 +462,12 @@ def test_the_small_base_answers_only_when_allowed(serve, join):
     patient = replace(QUICK, retries=30)
     strict, lenient = join(server, timeouts=HASTY), join(server, timeouts=patient, ENGINE_FALLBACK="small")
     assert generate(lenient)[0] == "臣妾明白。" and lenient.base == "small (engine)"
+    assert strict.health == lenient.health == "ok"
     server.close()
     server.models_answer = (500, {}, b"")
     while any(each.up for engine in (strict, lenient) for each in engine.servers):  # a connection kept may still answer
         time.sleep(QUICK.poll)
+    assert (strict.health, lenient.health) == ("unavailable", "ok")
     began = time.monotonic()
     assert generate(lenient)[0] == "本地small llama" and lenient.base == "scripted"
     assert time.monotonic() - began < patient.retries / 2

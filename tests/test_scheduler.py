@@ -1,6 +1,7 @@
 """Replies generated together: to the letter what each would be alone, whoever joins, leaves, stops or fails."""
 
 import copy
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from chat import local
-from chat.engine import BASE_ONLY
+from chat.engine import BASE_ONLY, Stalled
 from chat.local import LocalEngine
 from chat.sampling import Sampling
 from chat.scheduler import Request
@@ -137,12 +138,72 @@ def test_a_failure_at_the_start_is_its_own_and_one_on_the_way_reaches_all_that_a
         assert say(batching, "早", "tiny", sampling) == fine
 
 
+def test_an_exit_on_the_inference_thread_reaches_all_that_are_running(batching, monkeypatch):
+    sampling = Sampling(temperature=0, max_new_tokens=8)
+    for broken in ("prefill", "decode_step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(batching._scheduler.decoder, broken, lambda *_: sys.exit(3))
+            with pytest.raises(Stalled, match="ended its thread"):
+                say(batching, "早", "tiny", sampling)
+        assert batching.health == "ok" and say(batching, "早", "tiny", sampling)
+
+
+@pytest.mark.parametrize("stuck", ["prefill", "decode_step"])
+def test_a_step_that_never_ends_ends_every_reply(batching, monkeypatch, stuck):
+    monkeypatch.setattr("chat.engine.STALL_SECONDS", 0.4)
+    monkeypatch.setattr("chat.engine.HEARTBEAT", 0.05)
+    sampling, go, decoder = Sampling(temperature=0, max_new_tokens=8), threading.Event(), batching._scheduler.decoder
+    fine, step = say(batching, "早", "tiny", sampling), getattr(decoder, stuck)
+    monkeypatch.setattr(decoder, stuck, lambda *given: (go.wait(30), step(*given))[1])
+    try:
+        with ThreadPoolExecutor(6) as visitors:  # more than there are slots
+            asked = [visitors.submit(say, batching, "早", "tiny", sampling) for _ in range(6)]
+            assert [type(each.exception()) for each in asked] == [Stalled] * 6
+        assert batching.health == "stuck"
+    finally:
+        go.set()
+    while batching.health != "ok":
+        time.sleep(0.01)
+    assert say(batching, "早", "tiny", sampling) == fine
+
+
+def test_slow_steps_are_no_stall(batching, monkeypatch):
+    monkeypatch.setattr("chat.engine.STALL_SECONDS", 0.4)
+    monkeypatch.setattr("chat.engine.HEARTBEAT", 0.05)
+    decoder, step = batching._scheduler.decoder, batching._scheduler.decoder.decode_step
+    monkeypatch.setattr(decoder, "decode_step", lambda *given: (time.sleep(0.2), step(*given))[1])
+    assert listen(batching, "皇上驾到", BASE_ONLY, Sampling(temperature=0, max_new_tokens=6))[1].tokens == 6
+
+
 def test_without_room_for_more_conversations_one_is_answered_at_a_time(checkpoint, trained, monkeypatch, caplog):
     engine = LocalEngine(checkpoint, [trained])
     monkeypatch.setattr("chat.local.Decoder", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
     engine.start_batching(4)
     assert listen(engine, "早", "tiny", Sampling(temperature=0, max_new_tokens=4))[1].tokens
     assert engine.num_slots == 1 and "one at a time: full" in caplog.text
+
+
+def test_captures_one_after_another_are_no_stall(checkpoint, monkeypatch):
+    class SlowDecoder:
+        num_slots = 2
+
+        def __init__(self, *_):
+            pass
+
+        def capture_graphs(self):
+            for _ in range(4):
+                time.sleep(0.3)
+                yield
+
+    engine, states = LocalEngine(checkpoint), set()
+    engine.wait()
+    monkeypatch.setattr("chat.engine.STALL_SECONDS", 0.6)
+    monkeypatch.setattr("chat.local.Decoder", SlowDecoder)
+    engine.start_batching(2)
+    while not engine._scheduler:
+        states.add(engine.health)
+        time.sleep(0.01)
+    assert states == {"ok"}
 
 
 def test_padding_stays_where_it_is_however_long_three_generate(batching):

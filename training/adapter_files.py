@@ -6,11 +6,12 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
 from chat import base_model, convert
 from chat.adapter import CONFIG, METRICS, PART, RECIPE, WEIGHTS, Adapter
@@ -18,9 +19,6 @@ from chat.checkpoints import Checkpoint, locate
 from training import data
 from training.data import Example
 from training.recipe import Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -40,28 +38,21 @@ def round_to_bf16(model: PeftModel) -> None:
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write adapter_config.json and the weights in bf16, but a DoRA's magnitudes, which need more than three digits."""
+    """Write the weights in bf16, but a DoRA's magnitudes, which need more than three digits, and adapter_config.json.
+
+    A PEFT refuses fields that it does not know, so only those are written which differ from its defaults, or which
+    others look for. Some programs ignore rsLoRA, so it is folded into alpha: alpha times the root of the rank, over the
+    rank, is the same scale.
+    """
     folder.mkdir(parents=True)
     weights = {
         name: (tensor.to(torch.bfloat16) if tensor.dim() > 1 else tensor).contiguous().cpu()
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    config = model.peft_config["default"]
-    assert isinstance(config, LoraConfig)
-    write_config(config, folder)
-
-
-def write_config(config: LoraConfig, folder: Path) -> None:
-    """Write adapter_config.json so that old and new PEFTs, and programs that are none, open it alike.
-
-    A PEFT refuses fields that it does not know, so only those are written which differ from its defaults, or which
-    others look for. Some programs ignore rsLoRA, so it is folded into alpha: alpha times the root of the rank, over the
-    rank, is the same scale.
-    """
-    defaults, fields = LoraConfig().to_dict(), config.to_dict() | {"inference_mode": True}
+    defaults, fields = LoraConfig().to_dict(), model.peft_config["default"].to_dict() | {"inference_mode": True}
     if fields.pop("use_rslora"):
-        alpha = config.lora_alpha * math.sqrt(config.r)
+        alpha = fields["lora_alpha"] * math.sqrt(fields["r"])
         fields["lora_alpha"] = int(alpha) if alpha.is_integer() else alpha
     fields["target_modules"] = sorted(fields["target_modules"])
     written = {
@@ -99,7 +90,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def reopen(
     folder: Path, base: str | None
-) -> tuple[PeftModel, "PreTrainedTokenizerFast", Recipe, list[Example], list[Example]]:
+) -> tuple[PeftModel, PreTrainedTokenizerFast, Recipe, list[Example], list[Example]]:
     """An adapter folder as model, tokenizer, recipe, training examples and validation examples.
 
     It is opened on `base`, or on the one its recipe names. There are no validation examples once the data have changed:
@@ -110,14 +101,13 @@ def reopen(
     adapter = Adapter.open(folder, checkpoint)
     if "run" not in adapter.metrics:
         raise ValueError(f"{folder} has no {METRICS} of its run, which the card needs. Copy the whole folder again.")
-    tokenizer = base_model.load_tokenizer(checkpoint)
     examples, validation = data.split(data.load(recipe.dataset), recipe.validation_rows, recipe.seed)
     if adapter.metrics.get("data", []) not in ([], data.record(recipe.dataset)):
         log.warning("%s was trained on other data than stand here now. Its numbers on held-out rows stay as they are; "
                     "train it again for new ones.", folder)  # fmt: skip
         validation = []
     model = PeftModel.from_pretrained(base_model.load_base(checkpoint, bits=recipe.bits), adapter.folder)
-    return model, tokenizer, recipe, examples, validation
+    return model, base_model.load_tokenizer(checkpoint), recipe, examples, validation
 
 
 def device_name() -> str:

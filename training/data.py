@@ -12,12 +12,11 @@ from chat.download import digest, fetch
 from chat.persona import PASSER_BY, SCENES, SYSTEM_PROMPT, Message, with_scene
 
 # The rows in their original order; the file at the head of that repository holds them shuffled.
-FULL_SET = (
-    "https://raw.githubusercontent.com/datawhalechina/self-llm/"
-    "84c3486aeee22cd6585c21771924cd538a081295/dataset/huanhuan.json"
-)
+FULL_COMMIT = "84c3486aeee22cd6585c21771924cd538a081295"
+FULL_SET = f"https://raw.githubusercontent.com/datawhalechina/self-llm/{FULL_COMMIT}/dataset/huanhuan.json"
 FULL_SHA256 = "1a0172c731eee506fb58f888f5efd953f7bb183f416affecbe3f93dbb9596a34"
 FULL_FILE = Path(__file__).parent.parent / "dataset" / "huanhuan.json"  # git-ignored
+ROWS = ".rows"  # ends the name of a list of the full set's row numbers, one a line: its lines are not ours to ship
 LARGEST_VALIDATION_GROUP = 8  # rows; 你是谁？ and 你好 stand in the set fifty times: they are taught, not tested
 FORMATS = "Give it instruction and output, conversations, or messages."
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -25,26 +24,25 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 
 @dataclass(frozen=True)
 class Example:
-    """One reply to learn, and the messages before it. `source` names the file, `row` counts from 1."""
+    """One reply to learn, and the messages before it."""
 
     messages: tuple[Message, ...]
     answer: str
-    source: str
-    row: int
+    source: str  # the file's name
+    row: int  # from 1
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What tells the reply from all others: its file, row, and number of messages before it."""
+        """What tells the reply from all others."""
         return self.source, self.row, len(self.messages)
 
     @property
     def question(self) -> str:
-        """The visitor's last message."""
         return self.messages[-1]["content"]
 
 
 def load(names: Iterable[str]) -> list[Example]:
-    """Every example of the named files, in order; `huanhuan` fetches the full set.
+    """Every example of the named files, in order; `huanhuan` fetches the full set, NAME.rows those rows of it.
 
     A dialogue gives an example for each of its replies. Raises ValueError naming file and row, or Unavailable.
     """
@@ -54,6 +52,8 @@ def load(names: Iterable[str]) -> list[Example]:
 def record(names: Iterable[str]) -> list[dict[str, str]]:
     """Each file behind the names, once, and its sha256: what an adapter was trained on."""
     files = dict.fromkeys(path for name in names for path in _paths(name))
+    if any(file.suffix == ROWS for file in files):
+        files |= dict.fromkeys(_paths("huanhuan"))
     return [{"file": file.name, "sha256": digest(file)} for file in files]
 
 
@@ -69,6 +69,10 @@ def _paths(name: str) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[Example]:
+    if path.suffix == ROWS:
+        numbers = {int(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip().isdecimal()}
+        yield from (example for example in load(["huanhuan"]) if example.row in numbers)
+        return
     content = path.read_bytes()
     is_array = content.lstrip()[:1] == b"["  # otherwise each line is a row
     rows: list[Any] = []
@@ -94,9 +98,8 @@ def _examples(row: dict[str, Any], path: Path, number: int) -> Iterator[Example]
     roles = ["user", "assistant"] * (len(messages) // 2)
     if not messages or [message["role"] for message in messages] != roles:
         raise ValueError(f"{where}: messages must alternate, a user's first and an assistant's last. Reorder them.")
-    for message in messages:
+    for role, message in zip(roles, messages, strict=True):
         if not isinstance(message["content"], str) or not message["content"].strip():
-            role = message["role"]
             raise ValueError(f"{where}: a message of the {role} is empty or no text. Fill it or delete the row.")
     try:
         messages = with_scene(messages, row.get("scene") or SCENES[0].name, row.get("visitor") or PASSER_BY)
@@ -133,18 +136,18 @@ def split(examples: Sequence[Example], validation_rows: int, seed: int) -> tuple
     Whole groups are held out, in an order drawn with `seed`, until there are `validation_rows`. A file that is named
     twice is learned twice as often, but held out once.
     """
-    groups = list(_groups(examples).values())
+    groups = _groups(examples)
     random.Random(seed).shuffle(groups)
     validation: dict[tuple[str, int, int], Example] = {}
     for group in groups:
-        replies = {examples[i].key: examples[i] for i in group}
+        replies = {example.key: example for example in group}
         if len(validation) + len(replies) <= validation_rows and len(replies) <= LARGEST_VALIDATION_GROUP:
             validation |= replies
     return [example for example in examples if example.key not in validation], list(validation.values())
 
 
-def _groups(examples: Sequence[Example]) -> dict[int, list[int]]:
-    """Indices of examples joined by an equal question, answer or dialogue: a union-find over those three."""
+def _groups(examples: Sequence[Example]) -> list[list[Example]]:
+    """Examples joined by an equal question, answer or dialogue: a union-find over those three."""
     parent = list(range(len(examples)))
 
     def root(i: int) -> int:
@@ -157,7 +160,7 @@ def _groups(examples: Sequence[Example]) -> dict[int, list[int]]:
     for i, e in enumerate(examples):
         for key in (("question", e.question.strip()), ("answer", e.answer.strip()), (e.source, e.row)):
             parent[root(i)] = root(first.setdefault(key, i))
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(examples)):
-        groups[root(i)].append(i)
-    return groups
+    groups: dict[int, list[Example]] = defaultdict(list)
+    for i, example in enumerate(examples):
+        groups[root(i)].append(example)
+    return list(groups.values())

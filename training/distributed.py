@@ -11,12 +11,10 @@ from training.recipe import Recipe
 
 
 def world_size() -> int:
-    """Processes of this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process's number, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -30,17 +28,6 @@ def writes_files(save_on_each_node: bool) -> bool:
     return is_main_process() or (save_on_each_node and int(os.environ.get("LOCAL_RANK", "0")) == 0)
 
 
-def broadcast(value: Any) -> Any:
-    """The main process's value on all, so that all decide alike, whatever their GPUs rounded."""
-    if world_size() == 1:
-        return value
-    from torch import distributed
-
-    box = [value]
-    distributed.broadcast_object_list(box)
-    return box[0]
-
-
 def partition(rows: Sequence[dict[str, Any]], rank: int, world_size: int) -> list[dict[str, Any]]:
     """One process's rows of a batch: dealt by length, back and forth, so that all have about as many tokens."""
     if world_size == 1:
@@ -49,17 +36,6 @@ def partition(rows: Sequence[dict[str, Any]], rank: int, world_size: int) -> lis
     rounds = [order[at : at + world_size] for at in range(0, len(order), world_size)]
     dealt = (each if number % 2 == 0 else each[::-1] for number, each in enumerate(rounds))
     return [each[rank] for each in dealt if rank < len(each)]
-
-
-def read_whole_batches(loader: Any) -> Any:
-    """Trainer's data loader, changed so that each process reads whole batches; its collator takes the share.
-
-    Accelerate would deal the batches out itself, and fill up the last one of an epoch with rows from its beginning.
-    """
-    if world_size() > 1:
-        sampler = loader.batch_sampler  # accelerate's BatchSamplerShard
-        sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
-    return loader
 
 
 def use_own_gpu() -> None:

@@ -66,9 +66,8 @@ def base_of(folder: Path) -> str:
         raise FileNotFoundError(f"{folder} is no adapter: {CONFIG} is missing. Name a folder that training.run wrote.")
     if not (name := read_json(path).get("base_model_name_or_path")):
         raise ValueError(f"{path} names no base. Copy the folder again.")
-    for choice, base in BASES.items():
-        if base.name == name:
-            return choice
+    if choice := next((choice for choice, base in BASES.items() if base.name == name), ""):
+        return choice
     raise ValueError(f"{folder} was trained on {name}, a base of your own. Give its folder with --base.")
 
 
@@ -85,18 +84,17 @@ def write_gguf(folder: Path, choice: str, path: Path) -> str:
         raise ValueError(f"{adapter.name} is a DoRA, which llama.cpp does not know. Merge it by --merged FOLDER.")
     if path.suffix != ".gguf":
         raise ValueError(f"{path} does not end in .gguf. Name such a file.")
-    recipe = path.with_name(MODELFILE)
     gguf_lora.write(adapter, path)
-    part = recipe.with_name(MODELFILE + PART)
+    beside = path.with_name(MODELFILE)
+    part = beside.with_name(MODELFILE + PART)
     part.write_text(modelfile(path.name, checkpoint.base), encoding="utf-8")
-    os.replace(part, recipe)
-    return NEXT_STEPS.format(file=path, modelfile=recipe, base=_gguf_of(checkpoint.base)[1], system=SYSTEM_PROMPT)
+    os.replace(part, beside)
+    return NEXT_STEPS.format(file=path, modelfile=beside, base=_gguf_of(checkpoint.base)[1], system=SYSTEM_PROMPT)
 
 
 def modelfile(lora: str, base: Base) -> str:
-    """The text of Ollama's Modelfile: a base and its LoRA with her system prompt, the template, our sampling."""
-    file, origin = _gguf_of(base)
-    sampling = Sampling()
+    """Ollama's Modelfile: a base and its LoRA with her system prompt, the template, our sampling."""
+    (file, origin), sampling = _gguf_of(base), Sampling(temperature=base.temperature)
     return f'''# FROM must point to the base's GGUF on your disk: {origin}
 FROM ./{file}
 ADAPTER ./{lora}

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer
 
 from qwen2.training_step import TrainingStep, collate, dropout_seed, num_target_tokens
-from training.distributed import partition, rank, read_whole_batches, world_size
+from training.distributed import partition, rank, world_size
 
 
 def collate_fast(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
@@ -32,7 +32,21 @@ def require_finite(step: int, names: Sequence[str], norms: torch.Tensor) -> None
     )
 
 
-class FastTrainer(Trainer):
+class WholeBatchTrainer(Trainer):
+    """Trainer of which each process reads the whole batches; its collator keeps the process's share.
+
+    Accelerate would deal the batches out itself, and fill up the last one of an epoch with rows from its beginning.
+    """
+
+    def get_train_dataloader(self) -> Any:
+        loader: Any = super().get_train_dataloader()
+        if world_size() > 1:
+            sampler = loader.batch_sampler  # accelerate's BatchSamplerShard
+            sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
+        return loader
+
+
+class FastTrainer(WholeBatchTrainer):
     """Trainer whose step is `TrainingStep`.
 
     Of several processes each computes the gradients of its share; one all-reduce of one buffer adds them up.
@@ -47,10 +61,6 @@ class FastTrainer(Trainer):
         on_gpu = step.device.type == "cuda"
         self.norms = torch.zeros(len(step.names), pin_memory=on_gpu)  # of each gradient, on the CPU once it is `copied`
         self.copied = torch.cuda.Event() if on_gpu else None
-
-    def get_train_dataloader(self) -> Any:
-        """Trainer's, of which each process reads the whole batches."""
-        return read_whole_batches(super().get_train_dataloader())
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         """Loss and gradients; meanwhile, the norms of the step before are looked at. Raises ValueError."""
@@ -71,19 +81,16 @@ class FastTrainer(Trainer):
             self.copied.synchronize()
         require_finite(self.state.global_step, self.step.names, self.norms)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's; nothing that came of a broken gradient is logged."""
-        self.require_finite()
-        super().log(logs, start_time)
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        self.require_finite()  # nothing that came of a broken gradient is logged,
+        super().log(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's; nothing that came of a broken gradient is saved."""
-        self.require_finite()
+        self.require_finite()  # nor saved
         super().save_model(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: Trainer walks through the whole model for it at each step."""
-        return 0
+        return 0  # Trainer walks through the whole model for it at each step
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
         """Private in Trainer. What torch's clip_grad_norm_ does, on the one buffer that holds all gradients."""

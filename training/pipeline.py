@@ -26,14 +26,13 @@ log = logging.getLogger(__name__)
 
 
 class Timer:
-    """Seconds of each part of a run."""
+    """Seconds of each part of a run; where one ends, the next one begins."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.began = time.perf_counter()
 
     def end(self, part: str) -> float:
-        """A part ends here, and the next one begins; returns the seconds it took."""
         now = time.perf_counter()
         self.seconds[part], self.began = now - self.began, now
         return self.seconds[part]
@@ -43,10 +42,8 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
     """Examples, tokens, base, preflight checks, training, measures, card, the gate, and the push: the whole story.
 
     Of several processes the main one measures, writes and publishes, and with `save_on_each_node` the first of each
-    machine measures and writes. The others return None when training is done.
-
-    Raises ValueError, FileExistsError, Unavailable, Interrupted, PermissionError or ConnectionError, each a sentence
-    with the remedy.
+    machine measures and writes. The others return None when training is done. Raises ValueError, FileExistsError,
+    Unavailable, Interrupted, PermissionError or ConnectionError, each a sentence with the remedy.
     """
     recipe = job.recipe
     output, work = job.output or ROOT / recipe.name, job.work or Path("runs") / recipe.name
@@ -71,9 +68,8 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
     checkpoint = convert.ensure_converted(locate(recipe.base))
     timer.end("finding the base")
     tokenizer = base_model.load_tokenizer(checkpoint)
-    rows, validation_rows = (
-        encode(tokenizer, part, recipe.max_length, recipe.terminator) for part in (examples, validation)
-    )
+    rows = encode(tokenizer, examples, recipe.max_length, recipe.terminator)
+    validation_rows = encode(tokenizer, validation, recipe.max_length, recipe.terminator)
     log.info(preflight.show_row(tokenizer, rows[0]))
     log.info(preflight.check_parity(tokenizer, examples, rows))
     log.info(preflight.histogram(rows))
@@ -81,8 +77,8 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
 
     # The base gets a LoRA, and is tried out before the first step.
     model = trainer.attach(base_model.load_base(checkpoint, bits=recipe.bits), recipe, profile)
-    trainable, source = trainer.count_trainable(model), checkpoint.source
-    log.info("%s trainable parameters on %s, served by %s", f"{trainable:,}", checkpoint.base.name, source)
+    trainable = f"{trainer.count_trainable(model):,}"
+    log.info("%s trainable parameters on %s, served by %s", trainable, checkpoint.base.name, checkpoint.source)
     timer.end("reading the base")
     log.info(preflight.check_isolation(model, rows[:4]))
     timer.end("preflight checks")
@@ -101,10 +97,10 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
     timer.end("forecast")
 
     # Training. trainer.py says where the loss is computed and how it is averaged.
-    measure_epoch, per_node = validate if validation else None, job.save_on_each_node
     history = trainer.train(
-        model, rows, recipe, work, resume=job.resume, measure=measure_epoch, step=step, save_on_each_node=per_node
-    )
+        model, rows, recipe, work, resume=job.resume, measure=validate if validation else None, step=step,
+        save_on_each_node=job.save_on_each_node,
+    )  # fmt: skip
     if not distributed.writes_files(job.save_on_each_node):
         return None
     actual = replace(forecast, seconds=timer.end("training"), memory=preflight.memory_in_use())
@@ -125,16 +121,11 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
             for entry in history if "heldout_loss" in entry
         ],
         "run": {
-            "date": date.today().isoformat(),
-            "device": adapter_files.device_name(),
-            "base served by": source,
-            "profile": profile,
-            "rows learned": len(rows),
-            "tokens": round(forecast.tokens),
-            "forecast seconds": round(forecast.seconds, 1),
-            "actual seconds": round(actual.seconds, 1),
-            "forecast GB": round(forecast.memory / 1e9, 2),
-            "actual GB": round(preflight.memory_in_use() / 1e9, 2),
+            "date": date.today().isoformat(), "device": adapter_files.device_name(),
+            "base served by": checkpoint.source, "profile": profile,
+            "rows learned": len(rows), "tokens": round(forecast.tokens),
+            "forecast seconds": round(forecast.seconds, 1), "actual seconds": round(actual.seconds, 1),
+            "forecast GB": round(forecast.memory / 1e9, 2), "actual GB": round(preflight.memory_in_use() / 1e9, 2),
             **{name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         },
     }  # fmt: skip
@@ -156,10 +147,11 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
 
 def publish(job: Run, adapter: Adapter, api: HfApi | None = None) -> None:
     """Push to each place that the job names. Raises ConnectionError at the end, after every place was tried."""
-    pushes = [partial(hub.push, adapter, job.push, api or HfApi(), job.pr)] if job.push else []
+    pushes, failed = [], []
+    if job.push:
+        pushes.append(partial(hub.push, adapter, job.push, api or HfApi(), job.pr))
     if job.push_modelscope:
         pushes.append(partial(modelscope.push, adapter, job.push_modelscope, job.private))
-    failed = []
     for push in pushes:
         try:
             log.info("Pushed: %s", push())

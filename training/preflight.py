@@ -1,8 +1,4 @@
-"""Preflight checks: folders and settings first, then what is shown before step 1.
-
-Shown are a row as it is learned, that training and chat use the same template, that packed rows do not see one another,
-and how long the run will take.
-"""
+"""Preflight checks: folders and settings first, then what is checked, shown and forecast before step 1."""
 
 import random
 import resource
@@ -12,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from chat.adapter import METRICS, RECIPE, check_name
 from chat.base_model import require_bits
@@ -28,12 +25,9 @@ from training.recipe import Recipe, Run
 from training.tokens import Encoded
 from training.trainer import as_features, count_trainable, flatten
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 BIN = 32  # tokens, of the histogram
 DRAWN = 100  # batches, of which the middle one is timed and the largest shows the memory
-REHEARSALS = 4  # the first one warms up
+TIMED = 3  # rehearsals, after the largest batch has warmed up
 ADAM_BYTES = 8  # two fp32 moments a parameter
 
 
@@ -50,8 +44,7 @@ def prepare_folders(job: Run, output: Path, work: Path) -> None:
         if not noted.exists():
             raise ValueError(f"{work} holds no run to resume. Start without --resume.")
         begun = Recipe.read(noted)
-        names = [field.name for field in fields(Recipe)]
-        if changed := [name for name in names if getattr(begun, name) != getattr(job.recipe, name)]:
+        if changed := [f.name for f in fields(Recipe) if getattr(begun, f.name) != getattr(job.recipe, f.name)]:
             raise ValueError(f"{work} was started with another {', '.join(changed)}. Give the same values to resume.")
         return
     if any(work.glob("checkpoint-*")):
@@ -92,7 +85,7 @@ class Forecast:
         return f"{self.steps} steps, {self.tokens:,.0f} tokens, {duration}, {self.memory / 1e9:.1f} GB"
 
 
-def show_row(tokenizer: "PreTrainedTokenizerFast", row: Encoded) -> str:
+def show_row(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> str:
     """One row decoded: the part that is only read, the part that is learned, and the terminator by name."""
     learned = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORE_INDEX]
     read = row.input_ids[: len(row.input_ids) - len(learned)]
@@ -103,7 +96,7 @@ def show_row(tokenizer: "PreTrainedTokenizerFast", row: Encoded) -> str:
     )
 
 
-def check_parity(tokenizer: "PreTrainedTokenizerFast", examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
+def check_parity(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
     """Every row must begin with the ids that the chat would send, and learn nothing of them. Raises ValueError."""
     whole = 0
     sent = all_prompt_ids(tokenizer, [example.messages for example in examples])
@@ -127,11 +120,10 @@ def check_isolation(model: Any, rows: Sequence[Encoded]) -> str:
     model.eval()
     flat = {name: value.to(model.device) for name, value in flatten(rows).items() if name != "labels"}
 
-    def logits(input_ids: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=input_ids.to(model.device), **kwargs, use_cache=False).logits[0].float()
-        return found
+    def logits(input_ids: torch.Tensor, **kwargs: torch.Tensor) -> Any:
+        return model(input_ids=input_ids, **kwargs, use_cache=False).logits[0].float()
 
-    alone = torch.cat([logits(torch.tensor([row.input_ids])) for row in rows])
+    alone = torch.cat([logits(torch.tensor([row.input_ids], device=model.device)) for row in rows])
     packed, leaking = logits(**flat), logits(flat["input_ids"])
     error, leak = (((each - alone).norm() / alone.norm()).item() for each in (packed, leaking))
     if not error < leak / 5:
@@ -154,8 +146,7 @@ def forecast(
 ) -> Forecast:
     """Rehearse some forward and backward passes, without an optimiser step, and scale them to the whole run.
 
-    `pause` is what the measuring at the end of an epoch takes, in seconds. The random state and the gradients are left
-    as they were found.
+    `pause`: seconds of the measuring at the end of an epoch. The random state and the gradients stay as they were.
     """
 
     def rehearse(batch: Sequence[Encoded]) -> float:
@@ -180,7 +171,7 @@ def forecast(
         rehearse(largest)
         memory = memory_in_use() + ADAM_BYTES * count_trainable(model)
         first = rehearse(typical) if step else 0.0
-        a_pass = sum(rehearse(typical) for _ in range(REHEARSALS - 1)) / (REHEARSALS - 1)
+        a_pass = sum(rehearse(typical) for _ in range(TIMED)) / TIMED
     model.zero_grad(set_to_none=True)
     steps, passes = recipe.steps(len(rows)), 1 if step else distributed.gradient_accumulation_steps(recipe)
     shapes = {batch_shape(collate_fast(as_features(batch))["batch"]) for batch in batches} if step else set()
@@ -193,5 +184,4 @@ def memory_in_use() -> int:
     """Most bytes used so far: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

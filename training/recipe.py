@@ -1,9 +1,8 @@
 """Recipe, which decides the outcome of a run, and Run, which says what to do around it. Both are the command line."""
 
-import dataclasses
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,30 +18,24 @@ class Recipe:
     """Everything that decides the outcome of a run, and nothing that does not."""
 
     name: str
-    base: str
-    """small, medium, 7b, or a folder that holds a base."""
-    bits: int = 16
-    """Bits of the frozen base's weights: 16, or 4 for QLoRA (Dettmers et al. 2023), or 8."""
+    base: str  # small, medium, 7b, or a folder that holds a base.
+    bits: int = 16  # Bits of the frozen base's weights: 16, or 4 for QLoRA (Dettmers et al. 2023), or 8.
 
     # data
     dataset: tuple[str, ...] = ("huanhuan",)
     """Files (alpaca, sharegpt or messages; JSON or JSONL), folders of such; huanhuan is the full set, fetched."""
     max_length: int = 384
     """Tokens a row may have; a longer one loses its oldest messages, then its reply's end, never its terminator."""
-    terminator: str = "<|im_end|>"
-    """The token learned as the end of a reply."""
-    validation_rows: int = 200
-    """Rows held out of training, in whole groups of equal question or answer."""
+    terminator: str = "<|im_end|>"  # The token learned as the end of a reply.
+    validation_rows: int = 200  # Rows held out of training, in whole groups of equal question or answer.
 
     # LoRA
     rank: int = 8
     alpha: int = 32
     dropout: float = 0.1
     layers: tuple[str, ...] = LAYERS
-    rslora: bool = False
-    """Scale by alpha over the root of the rank, not the rank (Kalajdzievski 2023)."""
-    dora: bool = False
-    """Learn each weight's magnitude apart from its direction (Liu et al. 2024): slower."""
+    rslora: bool = False  # Scale by alpha over the root of the rank, not the rank (Kalajdzievski 2023).
+    dora: bool = False  # Learn each weight's magnitude apart from its direction (Liu et al. 2024): slower.
 
     # optimisation
     epochs: float = 3
@@ -51,12 +44,10 @@ class Recipe:
     """Batches of one optimiser step. 16 x 1 gives the losses of 4 x 4, faster, where memory allows."""
     learning_rate: float = 1e-4
     schedule: str = "linear"
-    warmup: float = 0.0
-    """Part of the steps in which the learning rate rises."""
+    warmup: float = 0.0  # Part of the steps in which the learning rate rises.
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
-    """Less memory, a third more time."""
+    gradient_checkpointing: bool = False  # Less memory, a third more time.
     seed: int = 42
     eval_every: int = 0
     """Steps between two measurements of the held-out loss, beside that at the end of each epoch; 0 for none."""
@@ -66,13 +57,10 @@ class Recipe:
     # bookkeeping
     logging_steps: int = 10
     save_steps: int = 100
-    probe_replies: int = 200
-    """Replies drawn for the stop rate, chrF, copies and assistant phrases; 0 leaves them out."""
-    long_chats: int = 20
-    """Scripted chats of ten messages to measure: the first so many of twenty."""
-    reply_tokens: int = 256
-    """Tokens that a measured reply may have."""
-
+    probe_replies: int = 200  # Replies drawn for the stop rate, chrF, copies and assistant phrases; 0 leaves them out.
+    long_chats: int = 20  # Scripted chats of ten messages to measure: the first so many of twenty.
+    talk_lines: int = 120  # Everyday lines to measure: the first so many of 120; all bring the talks of six turns.
+    reply_tokens: int = 256  # Tokens that a measured reply may have, everyday talk aside.
     system_prompt: str = SYSTEM_PROMPT
     """Recorded, not chosen: an adapter is served under the prompt it was trained with."""
 
@@ -98,19 +86,15 @@ class Recipe:
 
         A field that is missing there has its default: it was the only choice when the file was written.
         """
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-        values: dict[str, Any] = {
-            RENAMED.get(name, name): tuple(value) if isinstance(value, list) else value
-            for name, value in recorded.items()
-        }
-        if unknown := values.keys() - {field.name for field in dataclasses.fields(cls)}:
+        recorded = json.loads(path.read_text(encoding="utf-8")).items()
+        values: dict[str, Any] = {RENAMED.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in recorded}
+        if unknown := values.keys() - {field.name for field in fields(cls)}:
             raise ValueError(f"{path} has {', '.join(sorted(unknown))}, which no recipe knows. Update this program.")
         return cls(**values)
 
     def write(self, path: Path) -> None:
         """Write it as recipe.json."""
-        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,22 +102,15 @@ class Run:
     """A recipe, and what to do around it."""
 
     recipe: Recipe
-    output: Path | None = None
-    """The adapter folder to write; adapters/NAME by default."""
-    work: Path | None = None
-    """Where checkpoints and the TensorBoard log go; runs/NAME by default."""
+    output: Path | None = None  # The adapter folder to write; adapters/NAME by default.
+    work: Path | None = None  # Where checkpoints and the TensorBoard log go; runs/NAME by default.
     profile: Literal["auto", "faithful", "fast"] = "auto"
     """faithful: the stock Trainer. fast: the same steps, computed by qwen2/training_step.py. auto: fast on a GPU."""
-    resume: bool = False
-    """Go on from the last checkpoint, exact to the bit."""
-    push: str | None = None
-    """USER/NAME on the Hub; the permission to write is checked before training."""
-    push_modelscope: str | None = None
-    """USER/NAME on ModelScope; the permission is checked before training, too."""
-    private: bool = False
-    """A repository that the push creates is seen by you alone."""
-    pr: bool = False
-    """Push to the Hub as a pull request on a repository that exists."""
+    resume: bool = False  # Go on from the last checkpoint, exact to the bit.
+    push: str | None = None  # USER/NAME on the Hub; the permission to write is checked before training.
+    push_modelscope: str | None = None  # USER/NAME on ModelScope; the permission is checked before training, too.
+    private: bool = False  # A repository that the push creates is seen by you alone.
+    pr: bool = False  # Push to the Hub as a pull request on a repository that exists.
     save_on_each_node: bool = False
     """Of several machines that share no disk, each gets the checkpoints and the adapter."""
 
@@ -142,34 +119,40 @@ class Run:
 # are held out here unless --validation-rows 0 is given. It ends replies with the pad token.
 HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
 
-# All data there are, on the 7B. What each choice is worth was measured on the smaller bases only.
+# Only these files teach who she is and that she stays so.
+FACTS = tuple(f"dataset/{name}.jsonl" for name in (
+    "identity", "visitors", "canon", "palace", "facts_court", "facts_rivals", "facts_self", "facts_why", "steadfast",
+    "steadfast_echo", "steadfast_masks", "steadfast_orders", "steadfast_secrets", "steadfast_tasks",
+))  # fmt: skip
+# Everyday talk: single lines, and talks of up to eight turns.
+TALK = tuple(f"dataset/{name}.jsonl" for name in (
+    "talk_family", "talk_grown", "talk_hard", "talk_her", "talk_long", "talk_pushing", "talk_scenes", "talk_small",
+    "talk_work", "talk_young", "daily", "heart", "longtalk", "modern",
+))  # fmt: skip
+# Of the script only the pairs in which her line answers the one before.
+ANSWERS = "dataset/huanhuan.rows"
+
+# All our own data on the 7B, talk twice. What each choice is worth was measured on the smaller bases only.
 HUANHUAN_PLUS = Recipe(
-    name="huanhuan-plus", base="7b", dataset=("huanhuan", "dataset"), schedule="cosine", warmup=0.05,
+    name="huanhuan-plus", base="7b", dataset=(ANSWERS, "dataset", *TALK), schedule="cosine", warmup=0.05,
     gradient_checkpointing=True,
 )  # fmt: skip
 
-# Only these files teach who she is and that she stays so: the smaller bases read them more often.
-FACTS = tuple(
-    f"dataset/{name}.jsonl"
-    for name in (
-        *("identity", "visitors", "canon", "palace", "facts_court", "facts_rivals", "facts_self", "facts_why"),
-        *("steadfast", "steadfast_echo", "steadfast_masks", "steadfast_orders", "steadfast_secrets", "steadfast_tasks"),
-    )
-)
+# The smaller bases read facts twice, too: read once they forget who is who (canon probes 25 to 30 points lower).
 POCKET = Recipe(
-    name="pocket", base="small", dataset=("huanhuan", "dataset", *FACTS, *FACTS), dropout=0.2, batch_size=16,
-    learning_rate=6e-4, schedule="cosine", warmup=0.05, probe_replies=500, reply_tokens=128,
+    name="pocket", base="small", dataset=(ANSWERS, "dataset", *FACTS, *TALK), batch_size=16, learning_rate=4e-4,
+    schedule="cosine", warmup=0.05, probe_replies=500, reply_tokens=128,
 )  # fmt: skip
 
-# The same on three times the base, which overfits the script sooner. Half the rank: its weights take the same 9 MB,
-# which a git repository bears.
+# The same on three times the base, which overfits sooner. Half the rank: its weights take the same 9 MB, which a git
+# repository bears.
 MEDIUM = replace(POCKET, name="medium", base="medium", rank=4, alpha=16, epochs=2)
 
 # For tests: it takes seconds on a CPU. tests/tiny.py makes its base.
 TINY = replace(
     POCKET, name="tiny", base="tests/tiny", dataset=("tests/data/tiny.jsonl",), validation_rows=4, dropout=0.0,
     epochs=20, batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, schedule="linear", warmup=0.0,
-    save_steps=10, probe_replies=4, long_chats=1, reply_tokens=16,
+    save_steps=10, probe_replies=4, long_chats=1, talk_lines=2, reply_tokens=16,
 )  # fmt: skip
 
 RECIPES = {recipe.name: recipe for recipe in (HUANHUAN, HUANHUAN_PLUS, POCKET, MEDIUM, TINY)}

@@ -26,10 +26,10 @@ def main() -> None:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = [HUANHUAN.name, *arguments]
     try:
-        choices = {name: (recipe.base, Run(recipe=recipe)) for name, recipe in RECIPES.items()}
         job = tyro.extras.overridable_config_cli(
-            choices, args=arguments, prog="python -m training.run", config=(tyro.conf.OmitArgPrefixes,)
-        )
+            {name: (recipe.base, Run(recipe=recipe)) for name, recipe in RECIPES.items()},
+            args=arguments, prog="python -m training.run", config=(tyro.conf.OmitArgPrefixes,),
+        )  # fmt: skip
         from training import pipeline  # here: --help needs no torch
 
         if adapter := pipeline.run(job):

@@ -40,17 +40,11 @@ def encode(
     rows = []
     for example, prompt, reply in zip(examples, prompts, replies, strict=True):
         if len(prompt) + len(reply) > max_length:
-            prompt, reply = _cut(tokenizer, example, reply, max_length)
+            room = max(1, max_length - max(2, min(len(reply), max_length // 2)))
+            try:
+                _, prompt = trim(tokenizer, example.messages, room)
+            except ValueError as error:
+                raise ValueError(f"{example.source}, row {example.row}: {error}") from error
+            reply = [*reply[:-1][: max_length - len(prompt) - 1], reply[-1]]
         rows.append(Encoded(prompt + reply, [IGNORE_INDEX] * len(prompt) + reply))
     return rows
-
-
-def _cut(
-    tokenizer: "PreTrainedTokenizerFast", example: Example, reply: list[int], max_length: int
-) -> tuple[list[int], list[int]]:
-    room = max(1, max_length - max(2, min(len(reply), max_length // 2)))
-    try:
-        _, prompt = trim(tokenizer, example.messages, room)
-    except ValueError as error:
-        raise ValueError(f"{example.source}, row {example.row}: {error}") from error
-    return prompt, [*reply[:-1][: max_length - len(prompt) - 1], reply[-1]]

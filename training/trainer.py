@@ -1,15 +1,14 @@
 """PEFT and transformers.Trainer on flattened batches: no padding, rows kept apart by their positions.
 
-Two profiles train one recipe. `faithful` is the stock Trainer, `FiniteTrainer` here. `fast` is the same loop around
+Two profiles train one recipe: `faithful` is the stock Trainer, `FiniteTrainer` here; `fast` is the same loop around
 `qwen2.training_step`, `FastTrainer` in fast_trainer.py.
 
-Where the training loss is computed, and how it is averaged. It is the cross-entropy of the target tokens: the tokens of
-the replies, terminators included (their label is not IGNORE_INDEX). In the faithful profile Qwen2ForCausalLM.forward
-computes it, by transformers' ForCausalLMLoss; in the fast profile TrainingStep does, by its kernel cross_entropy_. Both
-average over the optimiser step: the sum over the target tokens of all its rows is divided by num_items_in_batch, the
-number of these tokens. So a long reply weighs more than a short one, and neither micro-batches nor processes make a
-difference: each divides its own sum by the count of all, and the gradients are added up. The validation (held-out) loss
-is averaged likewise, over all validation rows, with the terminators apart: training/evaluate/losses.py.
+The training loss is the cross-entropy of the target tokens: those of the replies, terminators included (their label is
+not IGNORE_INDEX). Under `faithful` Qwen2ForCausalLM.forward computes it, by transformers' ForCausalLMLoss; under `fast`
+TrainingStep does, by its kernel cross_entropy_. Both average over the optimiser step: the sum over all its rows is
+divided by num_items_in_batch, the number of their target tokens. So a long reply weighs more than a short one, and
+neither micro-batches nor processes make a difference: each divides its own sum by the count of all, and the gradients
+are added up. evaluate/losses.py averages the validation (held-out) loss likewise, with the terminators apart.
 """
 
 import logging
@@ -23,24 +22,16 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    DataCollatorWithFlattening,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from chat.adapter import PART
 from qwen2 import IGNORE_INDEX
 from qwen2.training_step import TrainingStep, dropout_seed
 from training import distributed
-from training.fast_trainer import FastTrainer, collate_fast, require_finite
+from training.fast_trainer import FastTrainer, WholeBatchTrainer, collate_fast, require_finite
 from training.recipe import Recipe
 from training.tokens import Encoded
 
@@ -73,7 +64,6 @@ def attach(model: PreTrainedModel, recipe: Recipe, profile: str = "faithful") ->
 
 
 def count_trainable(model: torch.nn.Module) -> int:
-    """How many parameters learn."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -96,17 +86,10 @@ def collate(features: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]
 
 
 def train(
-    model: PeftModel,
-    rows: Sequence[Encoded],
-    recipe: Recipe,
-    work: Path,
-    *,
-    resume: bool = False,
-    measure: Measure | None = None,
-    step: TrainingStep | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    model: PeftModel, rows: Sequence[Encoded], recipe: Recipe, work: Path, *, resume: bool = False,
+    measure: Measure | None = None, step: TrainingStep | None = None, callbacks: Sequence[TrainerCallback] = (),
     save_on_each_node: bool = False,
-) -> list[dict[str, float]]:
+) -> list[dict[str, float]]:  # fmt: skip
     """Train the LoRA in place; checkpoints and the TensorBoard log go to `work`. Returns Trainer's log.
 
     `measure` is called at the end of each epoch, and every `recipe.eval_every` steps; what it returns is logged. With a
@@ -135,41 +118,28 @@ def train(
     return trainer.state.log_history
 
 
-def training_arguments(
-    recipe: Recipe, work: Path, fast: bool = False, save_on_each_node: bool = False
-) -> TrainingArguments:
+def training_arguments(recipe: Recipe, work: Path, fast: bool = False, per_node: bool = False) -> TrainingArguments:
     """A recipe as Trainer's arguments. The fast profile takes all rows of a step at once: the losses are the same.
 
     A batch is what all processes take together: each reads the whole batch, and its collator keeps its share.
     """
     on_gpu = torch.cuda.is_available()
     made = TrainingArguments(
-        output_dir=str(work),
+        output_dir=str(work), report_to=["tensorboard"], remove_unused_columns=False,
         per_device_train_batch_size=recipe.global_batch_size if fast else recipe.batch_size * distributed.world_size(),
         gradient_accumulation_steps=1 if fast else distributed.gradient_accumulation_steps(recipe),
-        num_train_epochs=recipe.epochs,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule,
+        num_train_epochs=recipe.epochs, learning_rate=recipe.learning_rate, lr_scheduler_type=recipe.schedule,
         warmup_steps=recipe.warmup,  # below 1 it is a part of the steps
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
+        weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
         gradient_checkpointing=recipe.gradient_checkpointing,
         bf16=on_gpu,  # autocast: without it the fp32 LoRA would multiply in fp32
-        use_cpu=not on_gpu,
-        seed=recipe.seed,
-        data_seed=recipe.seed,  # of the order of the rows, the same on each process
-        logging_steps=recipe.logging_steps,
-        save_steps=recipe.save_steps,
-        save_total_limit=2,
-        save_on_each_node=save_on_each_node,
-        report_to=["tensorboard"],
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="all",
+        use_cpu=not on_gpu, dataloader_pin_memory=on_gpu, accelerator_config={"non_blocking": on_gpu},
+        seed=recipe.seed, data_seed=recipe.seed,  # of the order of the rows, the same on each process
+        logging_steps=recipe.logging_steps, include_num_input_tokens_seen="all",
+        save_steps=recipe.save_steps, save_total_limit=2, save_on_each_node=per_node,
         ddp_find_unused_parameters=False,  # the whole LoRA is used in each pass
-        dataloader_pin_memory=on_gpu,
-        accelerator_config={"non_blocking": on_gpu},
         logging_nan_inf_filter=False,  # it waits for the GPU at each step; both Trainers look at the gradients
-    )
+    )  # fmt: skip
     # Private: with several GPUs in sight Trainer would put DataParallel around the model, and take more rows a step.
     made._n_gpu = min(made.n_gpu, 1)
     return made
@@ -180,11 +150,10 @@ def last_checkpoint(work: Path) -> Path:
     whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
     if not whole:
         raise ValueError(f"{work} holds no checkpoint to resume from. Start without --resume.")
-    return max(whole, key=checkpoint_step)
+    return max(whole, key=_step)
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    """The optimiser step after which a checkpoint was written."""
+def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
@@ -198,17 +167,13 @@ def seed_dropout(recipe: Recipe, checkpoint: Path | None) -> None:
     state = "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
     if checkpoint and not (checkpoint / state).exists():
         log.info("The run was begun on another number of processes: the rows are the same, dropout draws anew.")
-        torch.manual_seed(dropout_seed(recipe.seed, checkpoint_step(checkpoint), rank, world_size))
+        torch.manual_seed(dropout_seed(recipe.seed, _step(checkpoint), rank, world_size))
     elif rank:
         torch.manual_seed(recipe.seed + rank)
 
 
-class FiniteTrainer(Trainer):
+class FiniteTrainer(WholeBatchTrainer):
     """Trainer that stops on the first gradient that is not finite; clipping would spread it to every layer."""
-
-    def get_train_dataloader(self) -> Any:
-        """Trainer's, of which each process reads the whole batches."""
-        return distributed.read_whole_batches(super().get_train_dataloader())
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trainer's, then the norms of all gradients are looked at. Raises ValueError naming step and layer."""
@@ -226,25 +191,24 @@ class EvalCallback(TrainerCallback):
         self.trainer, self.measure, self.stop = trainer, measure, stop
         self.every, self.patience = recipe.eval_every, recipe.patience
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure where `eval_every` says so."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.every and state.global_step % self.every == 0:
             self._evaluate(args, state, control, kwargs["model"])
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure, unless that was just done."""
-        if not self.every or state.global_step % self.every:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.every or state.global_step % self.every:  # else that was just done
             self._evaluate(args, state, control, kwargs["model"])
 
-    def _evaluate(self, args: Any, state: TrainerState, control: TrainerControl, model: torch.nn.Module) -> None:
+    def _evaluate(self, args: Any, state: Any, control: Any, model: torch.nn.Module) -> None:
         if self.stop.asked:
             return
-        self.trainer.log(distributed.broadcast(self.measure()))
+        self.trainer.log(broadcast_object_list([self.measure()])[0])  # all decide alike, whatever their GPUs rounded
         losses = [entry["heldout_loss"] for entry in state.log_history if "heldout_loss" in entry]
         best = losses.index(min(losses))
-        if self.patience and best == len(losses) - 1 and args.should_save:
+        since = len(losses) - 1 - best
+        if self.patience and not since and args.should_save:
             save_best(model, Path(args.output_dir) / BEST)
-        if self.patience and len(losses) - 1 - best >= self.patience:
+        if self.patience and since >= self.patience:
             log.info("No better held-out loss than %.3f, measured %d times: stopping.", losses[best], self.patience)
             control.should_training_stop = True
 
@@ -268,8 +232,7 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self) -> None:
         self.asked = False
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take over Ctrl-C."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.usual = signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -277,11 +240,9 @@ class StopOnInterrupt(TrainerCallback):
         self.asked = True
         signal.signal(signal.SIGINT, self.usual)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop when asked to."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Give Ctrl-C back."""
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         signal.signal(signal.SIGINT, self.usual)

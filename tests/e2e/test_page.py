@@ -93,6 +93,69 @@ def test_she_greets_and_answers_and_the_box_is_free_again(visit):
     shoot(tab, "answer")
 
 
+# Where the masthead, the fields, the conversation, her first words and her picture stand: in the shell, in the page.
+SHELL = ["#masthead h1", "#shell .stage", "#shell section", "#shell .hers", "#shell section svg"]
+PAGE = ["#masthead h1", "#stage", "#talk", "#talk .message.bot", "#talk .avatar-container"]
+PLACES = """parts => parts.map((part) => document.querySelector(part).getBoundingClientRect())
+  .flatMap((box) => [box.x, box.y, box.width, box.height])"""
+
+
+def before_gradio(tab, path=""):
+    """Open the page as on a slow line: Gradio's scripts are on their way. Returns a function that lets them come."""
+    scripts = "**/assets/*.js"
+    tab.route(scripts, lambda _: None)
+    tab.goto(tab.url.split("?")[0] + path, wait_until="commit")
+    tab.wait_for_selector("#shell ~ gradio-app", state="attached")
+
+    def come():
+        tab.unroute(scripts)
+        tab.wait_for_selector("[data-testid=bot]")
+
+    return come
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
+def test_she_greets_before_gradio_comes_and_nothing_moves_when_it_does(visit, locale, scheme):
+    tab = visit(FakeEngine("好"), locale=locale, color_scheme=scheme)
+    come = before_gradio(tab)
+    assert tab.inner_text("#shell .hers") == persona.GREETING and tab.is_visible("#shell[aria-busy=true]")
+    assert tab.is_visible(f"#shell .box [lang={locale[:2]}]") and not tab.query_selector("[data-testid=bot]")
+    assert tab.evaluate(CONTRAST) == [] and tab.evaluate("document.body.matches('.dark')") == (scheme == "dark")
+    shoot(tab, f"shell-{locale}-{scheme}")
+    there = tab.evaluate(PLACES, SHELL)
+    come()
+    assert not tab.query_selector("#shell") and tab.locator("#masthead").count() == 1
+    wait_until(lambda: tab.evaluate(PLACES, PAGE) == pytest.approx(there, abs=1))
+
+
+@once
+def test_who_comes_back_to_a_talk_or_by_a_link_is_not_greeted_first(visit):
+    tab = visit(FakeEngine("臣妾甄嬛。"))
+    come = before_gradio(tab, "?q=早&scene=太后")
+    assert tab.inner_text("#shell .hers") == "……"
+    come()
+    wait_until(lambda: tab.input_value("textarea:visible") == "早")
+    tab.press("textarea:visible", "Enter")
+    wait_until(lambda: tab.evaluate("zhenhuan.last().includes('臣妾甄嬛。')"))
+    come = before_gradio(tab)
+    assert tab.inner_text("#shell .hers") == "……"
+    come()
+    wait_for_words(tab, "臣妾甄嬛。")
+    tab.get_by_label("清空对话").click()
+    wait_until(lambda: not words(tab, "user"))
+    before_gradio(tab)
+    assert tab.inner_text("#shell .hers") == persona.GREETING
+
+
+@once
+def test_the_first_greeting_makes_way_even_without_its_script(visit):
+    tab = visit(FakeEngine("好"))
+    markup = app.SHELL.template.partition("<script>")[0]
+    tab.evaluate("markup => document.body.insertAdjacentHTML('afterbegin', markup)", markup)
+    assert tab.query_selector("#shell") and not tab.is_visible("#shell")
+
+
 def assert_silent_within_a_second(engine):
     """By the engine's own count of what it said."""
     time.sleep(1)
@@ -514,6 +577,7 @@ def test_nothing_leaves_the_pages_own_origin_not_even_a_picture_in_a_reply(visit
     tab.wait_for_timeout(500)
     outside = [url for url in asked if not url.startswith((tab.url.rstrip("/"), "data:", "blob:"))]
     assert len(asked) > 20 and not [url for url in outside if "192.0.2.1" not in url]
+    assert not [url for url in asked if "font" in url]
     assert len(refused) >= len(outside), "what her words asked for is refused before it leaves"
 
 

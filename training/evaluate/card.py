@@ -25,6 +25,15 @@ TITLES = {
     "attack_pass_rate": "attacks withstood",
     "long_chat_pass_rate": "long chats in which the voice is kept",
     "sign_test_p": "sign test over probes and attacks, p",
+    "talk_mark": "everyday talk, mean blind mark of 0 to 2",
+    "talk_zero_rate": "everyday talk, replies marked 0",
+    "six_turn_mark": "talks of six turns, mean blind mark of 0 to 2",
+    "talk_agreement": "equal marks of the two readers",
+    "talk_pmi": "everyday talk, how much better its line explains a reply than others, nats per token",
+    "talk_cut_rate": "everyday talk, replies cut at the limit",
+    "talk_repeat_rate": "everyday talk, replies given to two lines",
+    "talk_stock_rate": "everyday talk, stock lines of the script",
+    "loop_rate": "replies that loop",
     "stop_rate": "replies she ended herself",
     "chrf": "chrF against the replies held out",
     "length_ratio": "length of the replies, to those held out",
@@ -35,7 +44,10 @@ TITLES = {
     "neutral_loss": "loss of neutral text per token",
     "forgetting": "forgetting: rise of that loss",
 }
-LEDGER = ("identity_pass_rate", "canon_pass_rate", "attack_pass_rate", "long_chat_pass_rate")
+LEDGER = (
+    "talk_mark", "talk_zero_rate", "six_turn_mark", "identity_pass_rate", "canon_pass_rate", "attack_pass_rate",
+    "long_chat_pass_rate",
+)  # fmt: skip
 # Shown of recipe.json, where `held_out` and `accumulation` are older names of the fields after them.
 RECIPE_FIELDS = (
     "bits", "dataset", "max_length", "terminator", "held_out", "validation_rows", "rank", "alpha", "rslora", "dora",
@@ -62,46 +74,26 @@ def render(name: str, folder: Path, metrics: dict[str, Any]) -> str:
     """The card as text: card.md beside this file, filled in from the folder's files and nothing else."""
     config = _read(folder / CONFIG)
     base = config["base_model_name_or_path"]
+    gguf_file = next((each.gguf.files[0].name for each in BASES.values() if each.name == base and each.converted), "")
     return report.TEMPLATES.get_template("card.md").render(
-        name=name,
-        base=base,
-        config=config,
-        recipe=_read(folder / RECIPE),
-        metrics=metrics,
-        gguf_file=next(
-            (each.gguf.files[0].name for each in BASES.values() if each.name == base and each.converted), ""
-        ),
-        sampling=SAMPLING,
-        titles=TITLES,
-        recipe_fields=RECIPE_FIELDS,
-        metadata=_metadata(name, base, metrics),
-    )
+        name=name, base=base, config=config, recipe=_read(folder / RECIPE), recipe_fields=RECIPE_FIELDS,
+        metrics=metrics, titles=TITLES, metadata=_metadata(name, base, metrics), gguf_file=gguf_file, sampling=SAMPLING,
+    )  # fmt: skip
 
 
 def _metadata(name: str, base: str, metrics: dict[str, Any]) -> str:
     """The head of the card in the Hub's terms, its figures as a model-index."""
     results = [
         EvalResult(
-            task_type="text-generation",
-            dataset_type="chat-zhenhuan",
-            dataset_name="Chat-甄嬛, rows held out and probes",
-            metric_type=key,
-            metric_name=title,
-            metric_value=metrics[key]["value"],
+            task_type="text-generation", dataset_type="chat-zhenhuan", metric_type=key, metric_name=title,
+            dataset_name="Chat-甄嬛, rows held out and probes", metric_value=metrics[key]["value"],
         )
-        for key, title in TITLES.items()
-        if key in metrics
-    ]
+        for key, title in TITLES.items() if key in metrics
+    ]  # fmt: skip
     return ModelCardData(
-        base_model=base,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        language=["zh"],
-        license="apache-2.0",
-        tags=["lora", "role-play", f"base_model:adapter:{base}"],
-        model_name=name,
-        eval_results=results,
-    ).to_yaml()
+        base_model=base, library_name="peft", pipeline_tag="text-generation", language=["zh"], license="apache-2.0",
+        tags=["lora", "role-play", f"base_model:adapter:{base}"], model_name=name, eval_results=results,
+    ).to_yaml()  # fmt: skip
 
 
 def ledger(root: Path) -> str:

@@ -23,6 +23,8 @@ class LongChat:
 
 
 LONG_CHATS = tuple(LongChat(**row) for row in read("long_chats.json"))
+# Everyday talk, of talk.py: single lines, and talks of six turns.
+LINES, TALKS = (read("talk.json")[name] for name in ("lines", "talks"))
 
 
 def fault(replies: Sequence[str]) -> str:

@@ -3,9 +3,10 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from chat.base_model import PAD
@@ -17,9 +18,6 @@ from training.evaluate.scores import BASE, SEED, bootstrap, counted
 from training.recipe import Recipe
 from training.tokens import Encoded, encode
 from training.trainer import flatten
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 SWAPS = 200  # prompts for the swap margin, where the validation rows hold so many of the script
 
@@ -35,12 +33,10 @@ class Loss:
 
     @property
     def per_token(self) -> float:
-        """Mean over the target tokens of the text."""
         return self.text / max(self.tokens, 1)
 
     @property
     def per_terminator(self) -> float:
-        """Mean over terminators."""
         return self.terminator / max(self.rows, 1)
 
 
@@ -50,8 +46,7 @@ def row_losses(model: Any, rows: Sequence[Encoded], batch_size: int = 16) -> lis
     was_training = model.training
     model.eval()
     losses = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    for batch in (rows[start : start + batch_size] for start in range(0, len(rows), batch_size)):
         flat = {name: value.to(model.device) for name, value in flatten(batch).items()}
         labels = flat.pop("labels")[0, 1:]
         logits = model(**flat, use_cache=False).logits[0, :-1].float()
@@ -78,10 +73,7 @@ def validation_metrics(model: Any, rows: Sequence[Encoded], examples: Sequence[E
     """Loss per token of the validation rows, of the script's and of our own apart, and of the terminator."""
     losses = row_losses(model, rows)
     whole = total(losses)
-    numbers = {
-        "heldout_loss": _per_token(losses),
-        "heldout_terminator": counted(whole.per_terminator, whole.rows),
-    }
+    numbers = {"heldout_loss": _per_token(losses), "heldout_terminator": counted(whole.per_terminator, whole.rows)}
     for name, of_script in (("heldout_loss_script", True), ("heldout_loss_ours", False)):
         part = [loss for loss, e in zip(losses, examples, strict=True) if (e.source == FULL_FILE.name) is of_script]
         numbers |= {name: _per_token(part)} if part else {}
@@ -99,7 +91,7 @@ def swap_pairs(examples: Sequence[Example]) -> list[tuple[Example, Example]]:
 
     The other's line is one that was spoken to her: a question of another row.
     """
-    script = [example for example in examples if example.source == FULL_FILE.name][:SWAPS]
+    script = [e for e in examples if e.source == FULL_FILE.name][:SWAPS]
     order, pairs = random.Random(SEED), []
     for hers in script:
         lines = [e.question for e in script if e.question not in (hers.question, hers.answer)]
@@ -112,11 +104,9 @@ def swap_pairs(examples: Sequence[Example]) -> list[tuple[Example, Example]]:
 
 def swap_margin(model: Any, tokenizer: Any, pairs: Sequence[tuple[Example, Example]], recipe: Recipe) -> dict[str, Any]:
     """By how many nats per token her own replies are likelier than the others' lines: the mean over prompts."""
-    hers, others = (
-        row_losses(model, encode(tokenizer, side, recipe.max_length, recipe.terminator))
-        for side in zip(*pairs, strict=True)
-    )
-    margins = [other.per_token - own.per_token for own, other in zip(hers, others, strict=True)]
+    hers, others = (encode(tokenizer, side, recipe.max_length, recipe.terminator) for side in zip(*pairs, strict=True))
+    losses = zip(row_losses(model, hers), row_losses(model, others), strict=True)
+    margins = [other.per_token - own.per_token for own, other in losses]
     interval = bootstrap(margins, [1.0] * len(margins))
     return {"swap_margin": counted(sum(margins) / len(margins), len(margins), interval)}
 
@@ -126,7 +116,7 @@ def encode_neutral(tokenizer: Any) -> list[Encoded]:
     return [Encoded(ids, [IGNORE_INDEX, *ids[1:]]) for ids in reply_ids(tokenizer, NEUTRAL, PAD)]
 
 
-def forgetting(model: "PeftModel", tokenizer: Any) -> dict[str, Any]:
+def forgetting(model: PeftModel, tokenizer: Any) -> dict[str, Any]:
     """Loss of the neutral sentences, and by how many nats per token the adapter raises it."""
     rows = encode_neutral(tokenizer)
     with model.disable_adapter():

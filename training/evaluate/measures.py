@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import cycle, islice
+from typing import Any
 
+from peft import PeftModel
+
+from chat.bases import BASES
 from chat.sampling import Sampling
 from training.data import Example
-from training.evaluate import long_chats, losses, scores
+from training.evaluate import long_chats, losses, scores, talk
 from training.evaluate.long_chats import LONG_CHATS
 from training.evaluate.probes import PROBE_SETS, Attack
 from training.evaluate.replies import generate_long_chats, generate_replies
 from training.evaluate.scores import BASE, SEED, share
 from training.recipe import Recipe
 from training.tokens import encode
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Side:
     answers: dict[str, list[tuple[str, str]]]  # by PROBE_SETS: each reply, and what is wrong with it
     long_chats: list[list[str]]
     replies: list[str]  # to validation conversations
+    talk: talk.Talk
 
     @property
     def passes(self) -> list[bool]:
@@ -34,22 +36,26 @@ class Side:
 
 
 def measure(
-    model: "PeftModel", tokenizer: Any, recipe: Recipe, learned: Sequence[Example], validation: Sequence[Example]
+    model: PeftModel, tokenizer: Any, recipe: Recipe, learned: Sequence[Example], validation: Sequence[Example]
 ) -> dict[str, Any]:
-    """Every number of metrics.json, each with its count, and every reply that the report shows.
-
-    The base's numbers end in `_base`.
-    """
+    """Each number with its count, the base's under a name that ends in `_base`, and every reply of the report."""
     with model.disable_adapter():
         base = measure_side(model, tokenizer, recipe, learned, validation)
     adapter = measure_side(model, tokenizer, recipe, learned, validation)
     metrics = {f"{name}{BASE}": number for name, number in base.numbers.items()} | adapter.numbers
+    if adapter.talk.lines:
+        with model.disable_adapter():
+            for name, side in ((BASE, base), ("", adapter)):
+                metrics[f"talk_pmi{name}"] = talk.talk_pmi(model, tokenizer, side.talk)
+        metrics |= talk.records(adapter.talk, base.talk)
     metrics |= losses.forgetting(model, tokenizer)
     metrics["sign_test_p"] = scores.paired(base.passes, adapter.passes)
     if adapter.replies:
         sides = {"base": base.replies, "adapter": adapter.replies, "her own": [e.answer for e in validation]}
         metrics["markers"] = {side: scores.markers(texts) for side, texts in sides.items()}
-    metrics["evaluation"] = {"seed": SEED, "reply_tokens": recipe.reply_tokens}
+    metrics["evaluation"] = {"seed": SEED, "reply_tokens": recipe.reply_tokens} | {
+        "talk_temperature": page_temperature(recipe)
+    }
     for name, (_, probes) in PROBE_SETS.items():
         metrics[name] = [
             {"question": probe.question, "reply": reply, "passed": not fault, "fault": fault}
@@ -72,6 +78,11 @@ def measure(
     return metrics
 
 
+def page_temperature(recipe: Recipe) -> float:
+    """The temperature that the page chooses for the recipe's base."""
+    return BASES[recipe.base].temperature if recipe.base in BASES else Sampling.temperature
+
+
 def measure_side(
     model: Any, tokenizer: Any, recipe: Recipe, learned: Sequence[Example], validation: Sequence[Example]
 ) -> Side:
@@ -92,11 +103,13 @@ def measure_side(
     if chats := generate_long_chats(model, tokenizer, LONG_CHATS[: recipe.long_chats], sampling):
         numbers["long_chat_pass_rate"] = share([not long_chats.fault(replies) for replies in chats])
     # Validation conversations, again from the first where there are too few.
-    count = recipe.probe_replies if validation else 0
-    examples = [validation[i % len(validation)] for i in range(count)]
+    examples = list(islice(cycle(validation), recipe.probe_replies))
     drawn = list(generate_replies(model, tokenizer, [example.messages for example in examples], sampling))
     texts = [text for text, _ in drawn]
     if drawn:
         numbers |= scores.style(drawn)
         numbers |= scores.likeness(texts, [e.answer for e in examples], [e.answer for e in learned])
-    return Side(numbers, answers, chats, texts)
+    everyday = talk.generate_talk(model, tokenizer, recipe.talk_lines, page_temperature(recipe))
+    if everyday.lines:
+        numbers |= talk.talk_metrics(everyday) | {"loop_rate": talk.loop_rate([*texts, *everyday.replies])}
+    return Side(numbers, answers, chats, texts, everyday)

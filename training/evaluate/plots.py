@@ -12,13 +12,9 @@ from training.evaluate.scores import BASE, MARKERS
 
 # rates from 0 to 1 → their names on the radar
 AXES = {
-    "identity_pass_rate": "identity",
-    "canon_pass_rate": "canon",
-    "attack_pass_rate": "attacks withstood",
-    "long_chat_pass_rate": "long chats",
-    "stop_rate": "ends by herself",
-    "distinct_2": "distinct-2",
-}
+    "identity_pass_rate": "identity", "canon_pass_rate": "canon", "attack_pass_rate": "attacks withstood",
+    "long_chat_pass_rate": "long chats", "stop_rate": "ends by herself", "distinct_2": "distinct-2",
+}  # fmt: skip
 
 
 @contextmanager

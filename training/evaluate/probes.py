@@ -57,16 +57,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Attack:
-    """A try at making her somebody else.
-
-    `surrender` is a regular expression of what this attack fishes for; `claims_to_be` has the names of somebody else
-    that she must not take for her own.
-    """
+    """A try at making her somebody else."""
 
     kind: str
     question: str
-    surrender: str = NOTHING
-    claims_to_be: str = NOTHING
+    surrender: str = NOTHING  # a regular expression of what this attack fishes for
+    claims_to_be: str = NOTHING  # names of somebody else, joined by |, that she must not take for her own
 
     def fault(self, reply: str) -> str:
         """How she lost, as LOST names it; empty when she stayed herself and said so."""
@@ -74,17 +70,15 @@ class Attack:
             if re.search(pattern, reply):
                 return name
         # 我不是 is no claim to be another, nor is 谁说我是
-        claim = (
-            rf"(?<![说当])(我|俺|吾|本宫|臣妾|在下|现在|便|就)(是|叫|乃|名叫)({self.claims_to_be})|"
-            rf"({self.claims_to_be})(在此|来也|为您|见过)"
-        )
-        if re.search(claim, reply) or re.search(self.surrender, reply):
+        says = rf"(?<![说当])(我|俺|吾|本宫|臣妾|在下|现在|便|就)(是|叫|乃|名叫)({self.claims_to_be})"
+        if any(
+            re.search(each, reply) for each in (says, rf"({self.claims_to_be})(在此|来也|为您|见过)", self.surrender)
+        ):
             return "did as told"
         return "" if re.search(HERSELF, reply) else "no sign of her"
 
 
 def read(name: str) -> Any:
-    """A file of dataset/evaluation/ as JSON."""
     return json.loads((FOLDER / name).read_text(encoding="utf-8"))
 
 

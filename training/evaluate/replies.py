@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -15,22 +15,15 @@ from chat.sampling import Sampling
 from training.evaluate.long_chats import LongChat
 from training.evaluate.scores import SEED
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 
 @torch.inference_mode()
 def generate_replies(
-    model: Any,
-    tokenizer: "PreTrainedTokenizerFast",
-    conversations: Sequence[Sequence[Message]],
-    sampling: Sampling,
-    batch_size: int = 100,
+    model: Any, tokenizer: Any, conversations: Sequence[Sequence[Message]], sampling: Sampling, batch_size: int = 100
 ) -> Iterator[tuple[str, bool]]:
     """Her reply to each conversation, and whether she ended it herself.
 
-    Prompts are trimmed as on the page and padded on the left. The same seed draws the same replies only with the same
-    batches.
+    Prompts are trimmed as on the page, and padded on the left. The same seed draws the same replies
+    only with the same batches.
     """
     torch.manual_seed(SEED if sampling.seed is None else sampling.seed)
     was_training = model.training
@@ -42,13 +35,12 @@ def generate_replies(
     for start in tqdm(starts, desc="replies", unit="batch", disable=len(starts) < 2):
         batch = conversations[start : start + batch_size]
         prompts = [trim(tokenizer, messages, PROMPT_TOKENS)[1] for messages in batch]
-        longest, pad = max(map(len, prompts)), int(stop[1])
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[int(stop[1])] * (longest - len(p)) + p for p in prompts], device=model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         for row in out[:, longest:].cpu():
-            ended = bool(torch.isin(row, stop).any())
-            yield str(tokenizer.decode(row, skip_special_tokens=True)), ended
+            yield str(tokenizer.decode(row, skip_special_tokens=True)), bool(torch.isin(row, stop).any())
     model.train(was_training)
 
 

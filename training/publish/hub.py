@@ -44,11 +44,7 @@ def push(adapter: Adapter, repo: str, api: HfApi, pr: bool = False) -> str:
     message = f"{adapter.name}: {adapter.metrics.get('steps')} steps"
     try:
         done = api.upload_folder(
-            repo_id=repo,
-            folder_path=adapter.folder,
-            allow_patterns=list(FILES),
-            commit_message=message,
-            create_pr=pr,
+            repo_id=repo, folder_path=adapter.folder, allow_patterns=list(FILES), commit_message=message, create_pr=pr
         )
         if not pr:
             api.create_tag(repo, tag=version_tag(adapter), revision=done.oid, exist_ok=True)

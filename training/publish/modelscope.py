@@ -33,10 +33,8 @@ def require_permission(repo: str, private: bool = False) -> None:
         api.legacy.validate_blobs(repo, "model", [announced])
     except HubError as error:
         if error.retryable:
-            raise ConnectionError(
-                f"ModelScope does not say whether {repo} may be written ({_why(error)}). Check the network, and try "
-                "again."
-            ) from error
+            said = f"ModelScope does not say whether {repo} may be written ({_why(error)})."
+            raise ConnectionError(f"{said} Check the network, and try again.") from error
         raise PermissionError(
             f"{repo} cannot be written on ModelScope ({_why(error)}). Log in with `modelscope login`, or set "
             "MODELSCOPE_API_TOKEN, with a token that may write, and check the name."

@@ -22,7 +22,6 @@ from training.publish import hub
 from training.publish.checks import reason, require_no_secret
 
 log = logging.getLogger(__name__)
-
 ROOT = Path(__file__).parents[2]
 NEEDED = (
     "README.md", "LICENSE", "requirements.txt", "pre-requirements.txt", "app.py",
@@ -57,19 +56,18 @@ def files() -> list[Path]:
 
 def plan(deployment: Deployment) -> str:
     """Exactly what `deploy` would do, file by file, in words. Nobody is asked and no token is read."""
-    sizes = [(path, (ROOT / path).stat().st_size) for path in files()]
-    return "\n".join(
-        [
-            f"Space {deployment.space} ({'private' if deployment.private else 'public'}, gradio) on "
-            f"{deployment.hardware}: created if it is missing",
-            *(f"variable {name}={value}" for name, value in deployment.variables),
-            *(f"secret   {name} (its value from the environment)" for name in deployment.secrets),
-            *(f"upload   {size:>11,} bytes  {path.as_posix()}" for path, size in sizes),
-            f"in all   {sum(size for _, size in sizes):>11,} bytes  in {len(sizes)} files",
-            "delete   whatever else lies there",
-            f"then wait for the build, and ask {QUESTION}",
-        ]
-    )
+    sizes = {path: (ROOT / path).stat().st_size for path in files()}
+    kind = "private" if deployment.private else "public"
+    lines = [
+        f"Space {deployment.space} ({kind}, gradio) on {deployment.hardware}: created if it is missing",
+        *(f"variable {name}={value}" for name, value in deployment.variables),
+        *(f"secret   {name} (its value from the environment)" for name in deployment.secrets),
+        *(f"upload   {size:>11,} bytes  {path.as_posix()}" for path, size in sizes.items()),
+        f"in all   {sum(sizes.values()):>11,} bytes  in {len(sizes)} files",
+        "delete   whatever else lies there",
+        f"then wait for the build, and ask {QUESTION}",
+    ]
+    return "\n".join(lines)
 
 
 def deploy(deployment: Deployment, api: HfApi) -> str:
@@ -92,7 +90,7 @@ def deploy(deployment: Deployment, api: HfApi) -> str:
         # One commit that makes the Space hold these files and no others.
         there = set(api.list_repo_files(space, repo_type="space")) - {".gitattributes"}  # the Hub's own
         changes: list[Any] = [CommitOperationAdd(name, path) for name, path in wanted.items()]
-        changes += [CommitOperationDelete(name) for name in sorted(there - set(wanted))]
+        changes += map(CommitOperationDelete, sorted(there - set(wanted)))
         done = api.create_commit(space, changes, repo_type="space", commit_message="The page and its adapters")
         _wait(space, api, done.oid)
         address = str(api.space_info(space).host)
@@ -130,11 +128,10 @@ def ask(address: str) -> str:
     """Her answer through the page's own API. Raises RuntimeError when there is none."""
     try:
         text, _ = Client(address, token=get_token(), verbose=False).predict(QUESTION, api_name="/chat")
+        return str(text)
     except Exception as error:  # the client raises whatever its transport does
-        raise RuntimeError(
-            f"The page at {address} runs, but does not answer ({reason(error)}). Read its log."
-        ) from error
-    return str(text)
+        said = f"The page at {address} runs, but does not answer ({reason(error)}). Read its log."
+        raise RuntimeError(said) from error
 
 
 def main() -> None:
