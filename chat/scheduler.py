@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave between two steps of the decoder.
+"""Continuous batching with a prefix cache: requests join and leave between two steps of the decoder.
 
 What a conversation has read stays in its slot of the KV cache until another needs that, so that its next turn reads
 only what is new. Such a prefix is taken up again only for the same adapter and the same first tokens.

@@ -46,7 +46,7 @@ TEXTS = {
     "even": ("难分高下", "Hard to say"),
     "blind": (
         "一边戴着适配器，一边只是底座；投票之后才揭晓。",
-        "One wears the adapter, one is the base alone; your vote reveals which.",
+        "One side uses the adapter, the other is the base alone; your vote reveals which.",
     ),
 }
 GRADIO = {  # strings that Gradio leaves in English

@@ -169,7 +169,7 @@ def test_base_and_adapter_are_asked_the_same_with_the_same_seeds(monkeypatch):
     for module in (measures, replies, talk):
         monkeypatch.setattr(module, "generate_replies", scripted)
     monkeypatch.setattr(losses, "forgetting", lambda model, tokenizer: {})
-    metrics = measures.measure(Switch(), None, TINY, [], [])
+    metrics = measures.measure(Switch(), None, replace(TINY, talk_lines=2), [], [])
     assert asked[True] == asked[False] and len(asked[True]) == 3 + 10 + 1 + 1
     assert metrics["attack_pass_rate"]["value"] > 0.9 and metrics["attack_pass_rate_base"]["value"] == 0
     assert metrics["sign_test_p"]["value"] < 0.001 and "forgetting" not in metrics

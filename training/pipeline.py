@@ -63,7 +63,7 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
 
     # Examples become rows of token ids and labels.
     examples, validation = data.split(data.load(recipe.dataset), recipe.validation_rows, recipe.seed)
-    log.info("%d examples to learn, %d held out", len(examples), len(validation))
+    log.info("%d training examples, %d validation examples", len(examples), len(validation))
     timer.end("reading examples")
     checkpoint = convert.ensure_converted(locate(recipe.base))
     timer.end("finding the base")
@@ -89,8 +89,8 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
 
     pause = 0.0  # seconds that training waits at the end of each epoch
     if validation:
-        log.info("Before:   held-out loss %.3f a token, of %d rows", validate()["heldout_loss"], len(validation))
-        pause = timer.end("held-out loss")
+        log.info("Before:   validation loss %.3f a token, of %d rows", validate()["heldout_loss"], len(validation))
+        pause = timer.end("validation loss")
     step = TrainingStep(model, recipe.max_length) if profile == "fast" else None
     forecast = preflight.forecast(model, rows, recipe, step, pause)
     log.info("Forecast: %s, profile %s", forecast, profile)

@@ -152,7 +152,7 @@ MEDIUM = replace(POCKET, name="medium", base="medium", rank=4, alpha=16, epochs=
 TINY = replace(
     POCKET, name="tiny", base="tests/tiny", dataset=("tests/data/tiny.jsonl",), validation_rows=4, dropout=0.0,
     epochs=20, batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2, schedule="linear", warmup=0.0,
-    save_steps=10, probe_replies=4, long_chats=1, talk_lines=2, reply_tokens=16,
+    save_steps=10, probe_replies=4, long_chats=1, talk_lines=0, reply_tokens=16,
 )  # fmt: skip
 
 RECIPES = {recipe.name: recipe for recipe in (HUANHUAN, HUANHUAN_PLUS, POCKET, MEDIUM, TINY)}

@@ -11,7 +11,7 @@ from training.recipe import HUANHUAN, RECIPES, RENAMED, Run
 log = logging.getLogger(__name__)
 
 MEMORY_FULL = (
-    "The GPU's memory is full. The same is learned in less of it with --profile faithful, and in still less with "
+    "The GPU's memory is full. --profile faithful needs less for the same steps, and in still less with "
     "--batch-size 1 and as many times more --gradient-accumulation-steps; --bits 4 shrinks the base to a third. "
     "nvidia-smi shows who else is at work there. If a checkpoint was written, --resume goes on from it under another "
     "profile, too."

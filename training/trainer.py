@@ -209,7 +209,7 @@ class EvalCallback(TrainerCallback):
         if self.patience and not since and args.should_save:
             save_best(model, Path(args.output_dir) / BEST)
         if self.patience and since >= self.patience:
-            log.info("No better held-out loss than %.3f, measured %d times: stopping.", losses[best], self.patience)
+            log.info("No better validation loss than %.3f, measured %d times: stopping.", losses[best], self.patience)
             control.should_training_stop = True
 
 
