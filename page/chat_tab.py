@@ -77,10 +77,13 @@ def bubbles(engine: ChatEngine, request: ChatRequest, reply: Reply, question: st
 
 
 def link(request: ChatRequest, seed: int | None, question: str) -> str:
-    """The query that fills in the page for the same reply: what differs from the defaults, the adapter, the seed."""
+    """The query that fills in the page for the same reply: what differs from the defaults, the adapter, the seed.
+
+    The temperature is always named, as its default depends on the base.
+    """
     default = {"scene": SCENES[0].name, "visitor": PASSER_BY, **NUMBERS}
     given = {"scene": request.scene, "visitor": request.visitor, **request.numbers}
-    changed = {name: value for name, value in given.items() if value != default[name]}
+    changed = {name: value for name, value in given.items() if value != default[name] or name == "temperature"}
     return urlencode({**changed, "adapter": request.adapter, "seed": seed, "q": question})
 
 

@@ -8,7 +8,7 @@ VARIABLE = "METRICS"  # of the environment: PORT or ADDRESS:PORT; unset, no figu
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
 waiting = Gauge("chat_waiting", "Visitors in the queue, not yet answered")
-generating = Gauge("chat_speaking", "Visitors being answered")
+generating = Gauge("chat_generating", "Visitors being answered")
 left = Counter("chat_left", "Visitors who left or pressed Stop before the end of a reply")
 replies = Counter("chat_replies", "Replies given, by adapter and by why they ended", ["adapter", "finish_reason"])
 tokens = Counter("chat_tokens", "Tokens of those replies", ["adapter"])

@@ -136,3 +136,17 @@ def test_an_array_that_is_broken_is_named_by_its_file(tmp_path):
     (tmp_path / "rows.json").write_text('[{"instruction": "早"', encoding="utf-8")
     with pytest.raises(ValueError, match=r"rows\.json is not JSON"):
         load([str(tmp_path / "rows.json")])
+
+
+def test_rows_of_the_full_set_are_chosen_by_number_and_a_wrong_number_is_told(tmp_path, monkeypatch):
+    pairs = [{"instruction": f"第{n}问", "output": f"第{n}答"} for n in (1, 2, 3)]
+    full, rows = tmp_path / "huanhuan.json", tmp_path / "some.rows"
+    full.write_text(json.dumps(pairs, ensure_ascii=False), encoding="utf-8")
+    monkeypatch.setattr(data, "fetch", lambda *_, **__: full)
+    rows.write_text("# chosen by reading\n1\n3\n", encoding="utf-8")
+    assert [(e.answer, e.row) for e in data.load([str(rows)])] == [("第1答", 1), ("第3答", 3)]
+    assert [each["file"] for each in data.record([str(rows)])] == ["some.rows", "huanhuan.json"]
+    for wrong in ("4", "1.5", "3a"):
+        rows.write_text(f"1\n{wrong}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"names row {wrong}; the full set has rows 1 to 3"):
+            data.load([str(rows)])

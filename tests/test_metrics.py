@@ -66,10 +66,10 @@ def test_failures_are_counted_by_kind_and_leaving_as_leaving(grown):
     generate(FakeEngine(ValueError("不行")))
     stream = ChatService(FakeEngine("长" * 9)).generate(ASK, ChatRequest(adapter="scripted"), "visitor")
     next(stream)
-    assert value("chat_speaking") == 1
+    assert value("chat_generating") == 1
     stream.close()
     assert [grown("chat_errors_total", kind=kind) for kind in kinds] == [1, 1, 0] and grown("chat_left_total") == 1
-    assert value("chat_speaking") == value("chat_waiting") == 0
+    assert value("chat_generating") == value("chat_waiting") == 0
 
 
 def test_those_who_wait_are_counted():

@@ -381,3 +381,8 @@ def test_the_same_page_answers_on_zerogpu_and_survives_its_refusals(trained, tin
     assert [line.startswith(persona.UNWELL) for line in refusals] == [True] * 4
     assert [text[:8] in line for text, line in zip(service.ZERO_GPU.values(), refusals, strict=False)] == [True] * 3
     assert float(lines[-1]) <= 25, "a visitor's quota is asked for in small portions"
+
+
+def test_a_link_names_the_temperature_as_each_base_has_its_own_default():
+    given = ChatRequest(adapter="pocket", numbers={"temperature": 0.7, "top_p": 0.8})
+    assert "temperature=0.7&" in (query := chat_tab.link(given, 5, "早")) and "top_p" not in query

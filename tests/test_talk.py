@@ -85,6 +85,14 @@ def test_a_mark_that_is_missing_or_none_is_told(measured, tmp_path, text):
         blind.read(tmp_path / "blind", [marks])
 
 
+def test_an_item_marked_twice_is_told(measured, tmp_path):
+    count = blind.write(tmp_path / "blind", [measured])
+    marks = tmp_path / "marks.txt"
+    marks.write_text("\n".join(f"{n} 1" for n in range(1, count + 1)) + "\n3 2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="marks an item twice"):
+        blind.read(tmp_path / "blind", [marks])
+
+
 def test_an_adapter_measured_before_is_told_what_to_run(tmp_path):
     (tmp_path / METRICS).write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="without everyday talk"):

@@ -70,8 +70,14 @@ def _paths(name: str) -> list[Path]:
 
 def _read(path: Path) -> Iterator[Example]:
     if path.suffix == ROWS:
-        numbers = {int(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip().isdecimal()}
-        yield from (example for example in load(["huanhuan"]) if example.row in numbers)
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+        numbers = {line for line in lines if line and not line.startswith("#")}
+        examples = {str(example.row): example for example in load(["huanhuan"])}
+        if unknown := sorted(numbers - examples.keys()):
+            raise ValueError(
+                f"{path} names row {unknown[0]}; the full set has rows 1 to {len(examples)}. Correct it there."
+            )
+        yield from (example for row, example in examples.items() if row in numbers)
         return
     content = path.read_bytes()
     is_array = content.lstrip()[:1] == b"["  # otherwise each line is a row

@@ -59,6 +59,8 @@ def read_marks(path: Path, count: int) -> list[int]:
     lines = re.findall(r"^\s*(\d+)[\s:.,]+(\d+)\s*$", path.read_text(encoding="utf-8"), re.MULTILINE)
     found = {int(number): int(mark) for number, mark in lines}
     missing = [n for n in range(1, count + 1) if found.get(n) not in MARKS]
+    if len(lines) != len(found):
+        raise ValueError(f"{path} marks an item twice. Leave one line for each.")
     if missing:
         raise ValueError(f"{path} has no mark of {MARKS} for {len(missing)} items, the first is {missing[0]}.")
     return [found[n] for n in range(1, count + 1)]
