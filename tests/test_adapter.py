@@ -48,7 +48,6 @@ SPOILED = {
     "is not JSON": lambda f: (f / CONFIG).write_text("{"),
     "was trained under the prompt '你是狗'": lambda f: edit(f / RECIPE, system_prompt="你是狗"),
     "can run code": lambda f: (f / "adapter_model.bin").write_bytes(b"pickle"),
-    "recipe.json is missing": lambda f: (f / RECIPE).unlink(),
     "is not a whole safetensors file": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-10]),
     "a layer that this base does not have": lambda f: reweigh(
         f, lambda w: {n.replace("layers.1.", "layers.9."): t for n, t in w.items()}
