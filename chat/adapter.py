@@ -89,11 +89,14 @@ class Adapter:
         _check_weights(folder / WEIGHTS, config, checkpoint.config())
         recipe, metrics = (read_json(path) if (path := folder / each).exists() else {} for each in (RECIPE, METRICS))
         prompts = [each for each in (recipe.get("system_prompt"), prompt) if each is not None]
-        if other := [each for each in prompts if each != SYSTEM_PROMPT]:
-            raise ValueError(
-                f"{folder} was trained under the prompt {other[0]!r}, but the character is now {SYSTEM_PROMPT!r}. "
-                "Train it again, or restore the prompt."
-            )
+        for each in prompts:
+            if not isinstance(each, str):
+                raise ValueError(f"{folder / RECIPE} has system_prompt {each!r:.60}; it must be text. Correct it.")
+            if each != SYSTEM_PROMPT:
+                raise ValueError(
+                    f"{folder} was trained under the prompt {each!r}, but the character is now {SYSTEM_PROMPT!r}. "
+                    "Train it again, or restore the prompt."
+                )
         lora = {key: config[key] for key in ("r", "lora_alpha", "target_modules")}
         lora |= {key: bool(config.get(key)) for key in ("use_rslora", "use_dora")}
         unstated = [what for what, known in (("prompt", prompts), ("base", base_stated)) if not known]
@@ -151,10 +154,10 @@ def _read_setting(entry: str) -> tuple[str, str, str | None]:
 
 
 def _sentence(error: ValueError | OSError) -> str:
-    """What an error says; an OSError of the system's own has a file and a reason instead."""
+    """What an error says, in one line; an OSError of the system's own has a file and a reason instead."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename} cannot be read ({error.strerror}). Check what it is and who may read it."
-    return str(error)
+    return " ".join(str(error).split())  # names in a file of others may hold line breaks
 
 
 def _is_for(checkpoint: Checkpoint, folder: Path) -> bool:
@@ -258,8 +261,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     rank = config.get("r")
     if rank is None or not 1 <= rank <= MAX_RANK:
         raise ValueError(f"{path} has rank {rank!r}; 1 to {MAX_RANK} can be served. Train with a smaller --rank.")
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        raise ValueError(f"{path} has a rank per layer; one rank for all can be served. Train with one --rank.")
+    if pattern := [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]:
+        raise ValueError(f"{path} has a rank per layer ({pattern[0]}); only one can be served. Train with one --rank.")
     # Each PEFT writes the options that it knows; None, False and what is empty leave one off.
     more = [name for name, value in config.items() if name not in FIELDS and not _is_off(value)]
     more += ["bias"] if config.get("bias", "none") != "none" else []
@@ -305,6 +308,8 @@ def _check_weights(path: Path, lora: dict[str, Any], base: dict[str, Any]) -> No
         if not np.isfinite(to_numpy(tensor)).all():
             raise ValueError(f"{path}: {name} is not finite. Train it again with a lower --learning-rate.")
     expected = _expected_shapes(lora["r"], base, bool(lora.get("use_dora")), lora["target_modules"])
+    if left_out := sorted(tensors.keys() - expected):
+        raise ValueError(f"{path} holds {left_out[0]}, but target_modules in {CONFIG} lacks it. Copy the folder again.")
     if lacking := sorted(expected.keys() - tensors):
         raise ValueError(f"{path} lacks {lacking[0]}, of a layer that it adapts. Copy the folder again.")
 
@@ -328,7 +333,7 @@ def _misfits(shapes: dict[str, tuple[int, ...]], lora: dict[str, Any], base: dic
         if name not in expected:
             return f" holds {name}, a layer that this base does not have"
         if shape != (fit := expected[name]):
-            return f": {name} has shape {shape}, this base needs {fit}"
+            return f": {name} has shape {shape}, a rank (r) of {lora['r']} on this base needs {fit}"
     return ""
 
 
