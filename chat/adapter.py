@@ -161,7 +161,7 @@ def _sentence(error: ValueError | OSError) -> str:
 
 
 def _is_for(checkpoint: Checkpoint, folder: Path) -> bool:
-    """Whether a folder is an adapter for this base, or one that cannot be read: the gate says why."""
+    """Whether a folder is an adapter for this base, or for none, or cannot be read: the gate says why."""
     folder = last_checkpoint(folder)
     try:
         if not (folder / CONFIG).exists():
@@ -169,8 +169,8 @@ def _is_for(checkpoint: Checkpoint, folder: Path) -> bool:
         stated = read_json(folder / CONFIG).get("base_model_name_or_path")
         if isinstance(stated, str) and (same_model(stated, checkpoint.base.name) or _names_model(stated, folder)):
             return same_model(stated, checkpoint.base.name)
-        config = _read_config(folder)
-        return not _misfits(_shapes(folder / WEIGHTS), config, checkpoint.config())
+        misfit = _misfits(_shapes(folder / WEIGHTS), _read_config(folder), checkpoint.config())
+        return not misfit or not fitting_bases(folder)
     except (ValueError, OSError):
         return True
 

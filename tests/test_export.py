@@ -224,7 +224,7 @@ def test_a_folder_of_which_no_base_is_known_is_refused(asked, trained, tmp_path)
     with pytest.raises(SystemExit, match=f"{CONFIG} is missing"):
         asked("--gguf", tmp_path / "her.gguf", folder=tmp_path / "empty", base=None)
     broken = shutil.copytree(trained.folder, tmp_path / "broken")
-    for text, message in (("{", "is not JSON"), ("{}", "names no base")):
+    for text, message in (("{", "is not JSON"), ("{}", "peft_type None is not a LoRA")):
         (broken / CONFIG).write_text(text)
         with pytest.raises(SystemExit, match=message):
             asked("--gguf", tmp_path / "her.gguf", folder=broken, base=None)
