@@ -150,7 +150,7 @@ def check_step(model: Any, step: TrainingStep, rows: Sequence[Encoded]) -> str:
     model.zero_grad(set_to_none=True)
     flat = {name: value.to(model.device) for name, value in flatten(rows).items()}
     plain = model(**flat, use_cache=False).loss.item()
-    if not abs(fast - plain) <= ROUNDING[model.dtype] * max(plain, 1):
+    if not abs(fast - plain) <= ROUNDING[step.dtype] * max(plain, 1):
         raise ValueError(
             f"The fast profile's first loss is {fast:.4f}, that of transformers' model {plain:.4f}: it does not "
             "compute this base. Give --profile faithful, and report this."
