@@ -180,7 +180,8 @@ def test_a_folder_gives_a_name_that_can_be_served(folder, trained, checkpoint, t
     assert [adapter.name for adapter in opened] == [name_of(folder), "b"] and not refused
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ADAPTERS", folder)
-    assert [adapter.name for adapter in find(checkpoint, tmp_path)[0]] == [name_of(folder)]
+    opened, refused = find(checkpoint, tmp_path / "none")
+    assert [adapter.name for adapter in opened] == [name_of(folder)] and not refused
 
 
 def test_a_name_that_cannot_be_served_is_told_with_the_form(trained, checkpoint, tmp_path, monkeypatch):

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from chat.adapter import CONFIG, ROOT, WEIGHTS
+from chat.adapter import CONFIG, LAYERS, ROOT, WEIGHTS, _expected_shapes
 from chat.base_model import load_base
 from chat.bases import SAMPLING, SEVEN_B, SMALL, File, Gguf
 from chat.persona import SYSTEM_PROMPT, with_system_prompt
@@ -215,6 +215,14 @@ def test_one_kind_of_file_is_asked_for(asked, tmp_path, capsys):
         assert re.search(r"one of the arguments --gguf --merged is required|not allowed with", capsys.readouterr().err)
     with pytest.raises(SystemExit, match=r"does not end in \.gguf"):
         asked("--gguf", tmp_path / "her.bin")
+
+
+def test_a_base_that_is_stated_as_a_path_is_told_by_the_dimensions(tmp_path):
+    shapes = _expected_shapes(1, SMALL.dimensions, dora=False)
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(LAYERS)}
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "/models/qwen"}))
+    assert export.base_of(tmp_path) == "small"
 
 
 def test_a_folder_of_which_no_base_is_known_is_refused(asked, trained, tmp_path):
