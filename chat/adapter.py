@@ -70,7 +70,7 @@ class Adapter:
     recipe: dict[str, Any]  # empty where another program trained it
     metrics: dict[str, Any]
     lora: dict[str, Any] = field(default_factory=dict)  # arguments of PEFT's LoraConfig: what it computes
-    unstated: tuple[str, ...] = ()  # what the folder does not tell and is assumed: "prompt", "base"
+    unstated: tuple[str, ...] = ()  # what the folder does not tell, and is assumed: "prompt", "base"
 
     @classmethod
     def open(
@@ -138,7 +138,8 @@ def find(checkpoint: Checkpoint, root: Path = ROOT) -> tuple[list[Adapter], list
             log.info("%s does not state the prompt it was trained under; it is taken to be ours. If you know it, write "
                      "%s=%s;prompt=TEXT in ADAPTERS.", name, name, source)  # fmt: skip
         if "base" in adapter.unstated:
-            log.info("%s names no base that is known here; by its dimensions it is for %s.", name, checkpoint.base.name)
+            stated = read_json(adapter.folder / CONFIG).get("base_model_name_or_path")
+            log.info("%s states %s as its base; by its dimensions it is for %s.", name, stated, checkpoint.base.name)
     return list(opened.values()), refused
 
 
@@ -179,9 +180,8 @@ def last_checkpoint(folder: Path) -> Path:
     """The folder itself, or the last of Trainer's checkpoints in it where it holds no adapter of its own."""
     if (folder / CONFIG).exists():
         return folder
-    found = {int(path.parent.name[11:]): path.parent for path in folder.glob(f"checkpoint-[0-9]*/{CONFIG}")
-             if path.parent.name[11:].isdecimal()}  # fmt: skip
-    return found[max(found)] if found else folder
+    steps = [path.parent for path in folder.glob(f"checkpoint-*/{CONFIG}") if path.parent.name[11:].isdecimal()]
+    return max(steps, key=lambda step: int(step.name[11:]), default=folder)
 
 
 def same_model(stated: str, base: str) -> bool:

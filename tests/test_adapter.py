@@ -160,7 +160,7 @@ def test_a_prompt_is_told_by_adapters_and_another_one_is_refused(trained, checkp
         monkeypatch.setenv("ADAPTERS", setting)
         ((adapter,), refused) = find(checkpoint, tmp_path / "none")
         assert (adapter.name, adapter.unstated, refused) == ("her", ("base",), [])
-    assert "names no base" in caplog.text and "prompt=TEXT" not in caplog.text
+    assert "Qwen2___5-7B-Instruct as its base" in caplog.text and "prompt=TEXT" not in caplog.text
     monkeypatch.setenv("ADAPTERS", f"her={folder}")
     assert find(checkpoint, tmp_path / "none")[0][0].unstated == ("prompt", "base")
     assert f"write her={folder};prompt=TEXT in ADAPTERS" in caplog.text
