@@ -228,8 +228,12 @@ def test_the_first_loss_shows_a_base_that_the_guard_does_not_know(fields, other_
         preflight.check_step(model, training_step.TrainingStep(model, 384), rows[:4])
 
 
-def test_the_first_losses_agree_whatever_the_dropout_and_leave_no_gradient(checkpoint, rows):
-    model = trainer.attach(load_base(checkpoint), replace(TINY, dropout=0.5))
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_first_losses_agree_whatever_the_dropout_and_leave_no_gradient(tied, checkpoint, rows):
+    base = load_base(checkpoint)
+    if tied:
+        base.lm_head.weight = base.model.embed_tokens.weight
+    model = trainer.attach(base, replace(TINY, dropout=0.5))
     said = preflight.check_step(model, training_step.TrainingStep(model, 384), rows[:4])
     first, second = re.findall(r"\d\.\d+", said)
     assert float(first) == pytest.approx(float(second), abs=2e-4)
