@@ -25,7 +25,10 @@ def add(service: ChatService, inputs: list[Any]) -> None:
         ask = gr.Button(text("ask"), variant="primary", elem_id="ask", scale=1)
         stop = gr.Button(text("stop"), variant="stop", elem_id="hush", scale=1)
     with gr.Row(equal_height=True):
-        sides = [gr.Markdown(container=True, min_height=120, elem_id=side) for side in ("left", "right")]
+        sides = [
+            gr.Markdown(text("nothing_yet"), label=text(f"{side}_side"), show_label=True, container=True, elem_id=side)
+            for side in ("left", "right")
+        ]
     with gr.Row(elem_id="votes"):
         votes = [gr.Button(text(vote), interactive=False, size="sm", elem_id=f"vote-{vote}") for vote in VOTES]
     verdict = gr.Markdown(elem_id="verdict")
@@ -47,7 +50,8 @@ def add(service: ChatService, inputs: list[Any]) -> None:
 
     asked = gr.on(
         [ask.click, question.submit], compare, [question, *inputs],
-        [*sides, order, verdict, *votes], api_visibility="private",
+        [*sides, order, verdict, *votes], show_progress="hidden", api_visibility="private",
+        js="(question, scene, visitor, ...rest) => [question, ...zhenhuan.place(), ...rest]",
     )  # fmt: skip
     stop.click(lambda: _votes(False), None, votes, cancels=[asked], **QUIET)
     for vote, button in zip(VOTES, votes, strict=True):
