@@ -33,7 +33,7 @@ def add(service: ChatService, inputs: list[Any]) -> None:
         votes = [gr.Button(text(vote), interactive=False, size="sm", elem_id=f"vote-{vote}") for vote in VOTES]
     verdict = gr.Markdown(elem_id="verdict")
     order = gr.State(())  # which adapter stands left, which right: the server alone knows until the vote
-    tally = gr.BrowserState({}, storage_key="zhenhuan-tally", secret="zhenhuan")
+    outcome = gr.Textbox(visible=False)  # of a vote, for the tally that the browser keeps
 
     def compare(request: gr.Request, question: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Both replies as they grow, in an order drawn anew; the votes open when both are whole."""
@@ -55,20 +55,18 @@ def add(service: ChatService, inputs: list[Any]) -> None:
     )  # fmt: skip
     stop.click(lambda: _votes(False), None, votes, cancels=[asked], **QUIET)
     for vote, button in zip(VOTES, votes, strict=True):
-        button.click(partial(count, vote), [order, tally], [verdict, tally, *votes], **QUIET)
+        button.click(partial(reveal, vote), [order], [verdict, outcome, *votes], **QUIET).then(
+            None, [verdict, outcome], [verdict], js="(verdict, outcome) => zhenhuan.count(verdict, outcome)", **QUIET
+        )
 
 
-def count(vote: str, order: list[str], tally: dict[str, int]) -> tuple[Any, ...]:
-    """Reveal who stood where, and add the vote to the tally: for the adapter, for the base, or for neither."""
+def reveal(vote: str, order: list[str]) -> tuple[Any, ...]:
+    """Who stood where, and the vote's outcome: for the adapter, for the base, or even; no outcome without an order."""
     if len(order) != len(("left", "right")):
-        return gr.skip(), gr.skip(), *_votes(False)
+        return gr.skip(), "", *_votes(False)
     chosen = {"left": order[0], "right": order[1], "even": ""}[vote]
-    kind = "even" if not chosen else "base" if chosen == BASE_ONLY else "adapter"
-    counted = {key: int((tally or {}).get(key, 0)) for key in ("adapter", "base", "even")}
-    counted[kind] += 1
-    revealed = f"左 Left: **{order[0]}** · 右 Right: **{order[1]}**"
-    score = f"适配器 adapter {counted['adapter']} : 底座 base {counted['base']} · 平 even {counted['even']}"
-    return f"{revealed}  \n{score}", counted, *_votes(False)
+    outcome = "even" if not chosen else "base" if chosen == BASE_ONLY else "adapter"
+    return f"左 Left: **{order[0]}** · 右 Right: **{order[1]}**", outcome, *_votes(False)
 
 
 def _votes(open_: bool) -> list[Any]:

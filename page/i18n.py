@@ -135,6 +135,7 @@ BROWSER = {key: TEXTS[key] for key in ("compare", "voice", "visitor")} | {
         "浏览器不让存：谈话只留到这一页关上。",
         "The browser refuses storage: talks last until this page is closed.",
     ),
+    "tally": ("至今：适配器 {} 票，底座 {} 票，难分 {} 票", "So far: adapter {}, base {}, even {}"),
     "today": ("今天", "Today"),
     "yesterday": ("昨天", "Yesterday"),
 }

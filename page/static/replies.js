@@ -9,7 +9,7 @@ import { TAB, change, newReply, newTurn, opened, shownReply, talk, talks } from 
 const BEAT = 1000 // ms between two writes of a growing reply
 const SILENT = 5 * BEAT // after which no tab can be writing it any more
 const FRESH = 10 * 60_000 // how old a question may be that is asked again by itself after a reload
-const LOOK = 3000 // ms between two looks whether the server is there again
+const LOOK = 3000 // ms between two looks whether the server is there
 
 let running = null // the reply that grows in this tab: {talk, turn, reply, mode, text, hint, facts, opening}
 let waiting = null // what to ask when the line is back
@@ -26,10 +26,20 @@ function messages(turns) {
 }
 
 function start(fields) {
-  running = { text: "", hint: "", facts: null, written: Date.now(), opening: "", ...fields }
+  running = { text: "", hint: "", facts: null, written: Date.now(), heard: Date.now(), opening: "", ...fields }
   document.body.dataset.busy = running.mode
   if (!navigator.onLine) return interrupted()
   press("ask")
+  watch(running)
+}
+
+// Gradio tells nobody when a question does not reach the server: where nothing comes, we look ourselves.
+async function watch(reply) {
+  for (;;) {
+    await new Promise((wait) => setTimeout(wait, LOOK))
+    if (running !== reply) return
+    if (Date.now() - reply.heard > LOOK && !(await reachable())) return interrupted()
+  }
 }
 
 port.request = () => {
@@ -52,8 +62,12 @@ export async function ask(where, question) {
   turn.replies.push(reply)
   await opened
   running = { talk: where.id } // from here on no other question
-  const now = await change(where, (each) => { each.turns.push(turn); each.draft = "" })
+  const now = await change(where, (each) => {
+    each.turns.push(turn)
+    if (each.draft === question) each.draft = ""
+  })
   if (shown().id !== now.id) show(now)
+  if (box()?.value === question) write("")
   start({ talk: now.id, turn: turn.id, reply: reply.id, mode: "ask" })
 }
 
@@ -94,7 +108,7 @@ const alive = (reply) => reply?.state === "growing" && Date.now() - reply.beat <
 port.replied = (json) => {
   const said = json && JSON.parse(json)
   if (!running || !said || said.reply !== running.reply) return []
-  Object.assign(running, { text: said.text ?? "", hint: said.hint ?? "", facts: said.facts ?? null })
+  Object.assign(running, { text: said.text ?? "", hint: said.hint ?? "", facts: said.facts ?? null, heard: Date.now() })
   if (running.mode === "suggest") {
     if (words()) write(words().trim().split("\n")[0])
     if (running.hint) say(running.hint)
@@ -155,7 +169,7 @@ async function interrupted() {
   const { talk: id, turn, mode } = running, half = words() && words() !== running.opening
   const question = talk(id)?.turns.find((each) => each.id === turn)?.question ?? ""
   const online = navigator.onLine && (await reachable())
-  if (!running || running.turn !== turn) return
+  if (running?.turn !== turn) return
   if (mode === "suggest") { say(t(online ? "broken" : "offline_half")); return end("broken") }
   if (half || mode === "continue") {
     await end(mode === "continue" && !half ? "done" : "broken")
@@ -166,8 +180,8 @@ async function interrupted() {
     return
   }
   await takeBack(id, turn, question)
-  if (online) return say(t("unreachable"))
-  say(t("offline"))
+  say(t(online ? "unreachable" : "offline"))
+  if (online) return
   whenBack(() => { const here = talk(id); if (here?.draft === question) ask(here, question) })
 }
 

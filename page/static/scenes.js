@@ -1,7 +1,6 @@
 // Scene and visitor: one control in the bar, and the sheet that it opens.
 import { PASSER_BY, SCENES, lang, rank, scene, sceneName, t, visitorName } from "./data.js"
 import { find, h } from "./dom.js"
-import { port } from "./gradio.js"
 import { changeShown, shown, startNew } from "./state.js"
 
 const sheet = find("#scenes"), visitors = sheet.querySelector("select")
@@ -47,4 +46,3 @@ function name() {
   document.body.dataset.scene = now.scene
 }
 document.addEventListener("zhenhuan:shown", name)
-port.place = () => [shown().scene, shown().visitor] // for side by side
