@@ -1,4 +1,5 @@
 // The one module that touches Gradio's parts: hidden ports to press and read, the text box, the sampling controls.
+import { lang } from "./data.js"
 import { find } from "./dom.js"
 
 export const box = () => find("#composer textarea")
@@ -18,7 +19,6 @@ export const mounted = new Promise((resolve) => {
 })
 
 export const press = (port) => mounted.then(() => find(`#port-${port}`).click())
-export const pressStop = () => find("#composer .stop-button")?.click()
 
 // Put words into the text box as if they had been typed, so that Gradio knows of them.
 export function write(text) {
@@ -32,3 +32,14 @@ export const adapters = () => [...document.querySelectorAll("#voice input[type=r
 
 // Gradio calls these by the names that page/chat_tab.py writes.
 export const port = (window.zhenhuan = {})
+
+// What Gradio tells screen readers in English whatever the language.
+const SPOKEN = [[/^number input for /, "数值："], [/^range slider for /, "滑杆："], [/^Reset to default value$/, "还原"]]
+if (lang === "zh") mounted.then(() => {
+  for (const element of document.querySelectorAll("#voice [aria-label], #voice [title]"))
+    for (const name of ["aria-label", "title"])
+      for (const [english, chinese] of SPOKEN) {
+        const label = element.getAttribute(name)
+        if (label) element.setAttribute(name, label.replace(english, chinese))
+      }
+})

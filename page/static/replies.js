@@ -1,7 +1,7 @@
 // Her replies: asked for through Gradio, and written into the talk they were asked in, whichever is in view.
 import { LIMITS, t } from "./data.js"
 import { find } from "./dom.js"
-import { box, mounted, port, press, pressStop, write } from "./gradio.js"
+import { box, mounted, port, press, write } from "./gradio.js"
 import { say } from "./notice.js"
 import { branch, changeShown, show, shown } from "./state.js"
 import { TAB, change, newReply, newTurn, opened, shownReply, talk, talks } from "./store.js"
@@ -9,10 +9,12 @@ import { TAB, change, newReply, newTurn, opened, shownReply, talk, talks } from 
 const BEAT = 1000 // ms between two writes of a growing reply
 const SILENT = 5 * BEAT // after which no tab can be writing it any more
 const FRESH = 10 * 60_000 // how old a question may be that is asked again by itself after a reload
+const LATE = 2000 // ms in which Gradio may still tell that a reply ended which was stopped, without saying which
 const LOOK = 3000 // ms between two looks whether the server is there
 
 let running = null // the reply that grows in this tab: {talk, turn, reply, mode, text, hint, facts, opening}
 let waiting = null // what to ask when the line is back
+let stale = 0 // when a reply was last given up whose end Gradio has yet to tell
 
 export const growing = (reply) => (running?.reply === reply.id ? running : null)
 export const busy = () => running !== null
@@ -29,6 +31,7 @@ function start(fields) {
   running = { text: "", hint: "", facts: null, written: Date.now(), heard: Date.now(), opening: "", ...fields }
   document.body.dataset.busy = running.mode
   if (!navigator.onLine) return interrupted()
+  if (stale) stale = Date.now()
   press("ask")
   watch(running)
 }
@@ -109,6 +112,7 @@ port.replied = (json) => {
   const said = json && JSON.parse(json)
   if (!running || !said || said.reply !== running.reply) return []
   Object.assign(running, { text: said.text ?? "", hint: said.hint ?? "", facts: said.facts ?? null, heard: Date.now() })
+  if (running.facts) stale = 0
   if (running.mode === "suggest") {
     if (words()) write(words().trim().split("\n")[0])
     if (running.hint) say(running.hint)
@@ -155,6 +159,7 @@ async function end(state) {
 
 port.ended = (json) => {
   if (json) port.replied(json)
+  else if (Date.now() - stale < LATE) return []
   if (!running) return []
   if (json && JSON.parse(json).reply !== running.reply) return []
   if (running.facts || running.hint || running.mode === "suggest") end(running.facts ? "done" : "broken")
@@ -166,6 +171,7 @@ port.ended = (json) => {
 async function interrupted() {
   if (!running?.mode || running.broken) return
   running.broken = true
+  stale = Date.now()
   const { talk: id, turn, mode } = running, half = words() && words() !== running.opening
   const question = talk(id)?.turns.find((each) => each.id === turn)?.question ?? ""
   const online = navigator.onLine && (await reachable())
@@ -217,14 +223,14 @@ function whenBack(act) {
 
 addEventListener("offline", () => { if (running?.mode) interrupted() })
 
-export async function stop() {
-  pressStop()
+async function stop() {
   if (!running?.mode) return
+  stale = Date.now()
   const { talk: id, turn, mode } = running
   if (words() || mode !== "ask") return end("done")
   await takeBack(id, turn, talk(id).turns.find((each) => each.id === turn)?.question ?? "")
 }
-document.addEventListener("click", (event) => { if (event.isTrusted && event.target.closest?.("#composer .stop-button")) stop() })
+document.addEventListener("click", (event) => { if (event.target.closest?.("#composer .stop-button")) stop() })
 
 // What the visitor typed and sent. Without a line the words come back into the box.
 port.submitted = (text) => {

@@ -1,5 +1,5 @@
 // Which talk is in view. A new one is not stored before something was said in it; until then it is remembered alone.
-import { PASSER_BY } from "./data.js"
+import { scene } from "./data.js"
 import { change, create, opened, recall, remember, talk, talks } from "./store.js"
 
 let current = create()
@@ -9,7 +9,7 @@ export const stored = (each = shown()) => Boolean(talk(each.id))
 
 export function show(next) {
   current = next
-  remember("last", next.id)
+  remember("last", stored(next) ? next.id : null)
   if (!stored(next)) remember("new", next)
   document.dispatchEvent(new CustomEvent("zhenhuan:shown", { detail: { talk: shown() } }))
 }
@@ -41,8 +41,6 @@ export async function arrive() {
   await opened
   const last = talk(recall("last")), left = recall("new")
   if (last && !last.deleted) return show(last)
-  if (left?.id && left.turns?.length === 0 && left.id === recall("last")) return show({ ...create(), ...left })
-  const newest = talks()[0]
-  if (newest && !left) return show(newest)
-  show(create({ visitor: PASSER_BY }))
+  if (left?.turns?.length === 0 && scene(left.scene)?.visitors.includes(left.visitor)) return show({ ...create(), ...left })
+  show(talks()[0] ?? create())
 }

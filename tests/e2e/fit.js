@@ -7,7 +7,7 @@
     const box = e.getBoundingClientRect(), name = `${e.innerText || e.getAttribute('aria-label') || e.value || e.placeholder || e.id}`.slice(0, 20)
     if (!e.checkVisibility({ visibilityProperty: true }) || e.closest('[aria-hidden=true], .hide')) continue
     // The list behind a dropdown's field has the padding; a bubble's own fold is as high as its line.
-    const target = (e.closest('.wrap-inner') ?? e).getBoundingClientRect()
+    const target = (e.closest('.wrap-inner, label') ?? e).getBoundingClientRect()
     if (target.height < least) faults.push(`low ${name} ${target.height}`)
     if (box.left < 0 || box.right > wide) faults.push(`aside ${name}`)
     const text = textOf(e)

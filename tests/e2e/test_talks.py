@@ -279,7 +279,11 @@ OLD = {
 
 def test_talks_of_an_earlier_build_are_adopted(visit):
     old = json.dumps(json.dumps(OLD))
-    init = f"if (!sessionStorage.adopted) {{ sessionStorage.adopted = 1; localStorage['zhenhuan/甘露寺'] = {old}; localStorage.zhenhuan = '甘露寺' }}"
+    init = f"""if (!sessionStorage.adopted) {{
+      sessionStorage.adopted = 1
+      localStorage['zhenhuan/甘露寺'] = {old}
+      localStorage.zhenhuan = '甘露寺'
+    }}"""
     tab = visit(FakeEngine("好。"), init=init)
     wait_for_words(tab, "尚可。")
     assert words(tab, "user") == ["近来可好？"] and "甘露寺" in tab.inner_text("#place")
