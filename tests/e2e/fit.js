@@ -3,7 +3,7 @@
   const wide = document.documentElement.clientWidth, faults = [], seen = []
   if (document.documentElement.scrollWidth > wide) faults.push(`sideways ${document.documentElement.scrollWidth}`)
   const textOf = (e) => { const range = document.createRange(); range.selectNodeContents(e.querySelector('span') ?? e); return range.getBoundingClientRect() }
-  for (const e of document.querySelectorAll('button, textarea, input:not([type=range])')) {
+  for (const e of (document.querySelector('dialog[open]') ?? document).querySelectorAll('button, textarea, input:not([type=range])')) {
     const box = e.getBoundingClientRect(), name = `${e.innerText || e.getAttribute('aria-label') || e.value || e.placeholder || e.id}`.slice(0, 20)
     if (!e.checkVisibility({ visibilityProperty: true }) || e.closest('[aria-hidden=true], .hide')) continue
     // The list behind a dropdown's field has the padding; a bubble's own fold is as high as its line.
