@@ -59,6 +59,8 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
             gr.Markdown(about(engine), elem_id="about")
             inputs = [scene, visitor, *_controls(service)]
         with gr.Column(elem_id="speak"):
+            if engine.refused or engine.adapters[0] == BASE_ONLY:
+                gr.Markdown(about(engine), elem_id="lacking")
             ChatTab(page, service, inputs)
         with gr.Column(elem_id="compare"):
             compare_tab.add(service, inputs)

@@ -117,7 +117,8 @@ class ChatTab:
         ask = gr.Button(visible="hidden", elem_id="port-ask")
         asked = ask.click(
             self.answer, [reply, *controls], [reply], js="(_, ...controls) => [zhenhuan.request(), ...controls]",
-            show_progress="hidden", api_visibility="private", trigger_mode="multiple",  # one that broke must not bar the next
+            trigger_mode="multiple",  # one that broke must not bar the next
+            show_progress="hidden", api_visibility="private",
         )  # fmt: skip
         asked.success(None, [reply], None, js="(reply) => zhenhuan.ended(reply)", **QUIET)
         asked.failure(None, None, None, js="() => zhenhuan.ended()", **QUIET)

@@ -25,10 +25,11 @@ def add(service: ChatService, inputs: list[Any]) -> None:
         ask = gr.Button(text("ask"), variant="primary", elem_id="ask", scale=1)
         stop = gr.Button(text("stop"), elem_id="hush", scale=1, visible=False)
     with gr.Row(equal_height=True):
-        sides = [
-            gr.Markdown(text("nothing_yet"), label=text(f"{side}_side"), show_label=True, container=True, elem_id=side)
-            for side in ("left", "right")
-        ]
+        sides = []
+        for side in ("left", "right"):
+            with gr.Column(min_width=120):
+                gr.Markdown(text(f"{side}_side"), elem_classes="side")
+                sides.append(gr.Markdown(text("nothing_yet"), elem_id=side))
     with gr.Row(elem_id="votes"):
         votes = [gr.Button(text(vote), visible=False, size="sm", elem_id=f"vote-{vote}") for vote in VOTES]
     verdict = gr.Markdown(elem_id="verdict")

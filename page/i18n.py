@@ -84,7 +84,7 @@ BROWSER = {key: TEXTS[key] for key in ("compare", "voice", "visitor")} | {
     "thinking": ("容她想想……", "She is thinking…"),
     "suggest": ("替我说", "Suggest my line"),
     "suggesting": ("正替你想一句……", "Looking for words for you…"),
-    "again": ("重说", "Another reply"),
+    "again": ("重试", "Retry"),
     "earlier": ("上一种", "Earlier"),
     "later": ("下一种", "Later"),
     "edit": ("改", "Edit"),

@@ -1,8 +1,7 @@
 // The visitor's talks. IndexedDB is their home; `change` is the one way to write, and it tells the page's other tabs.
 // A change is made to what is stored at that moment, in one transaction: two tabs cannot overwrite each other.
-import { PASSER_BY, SCENES } from "./data.js"
+import { PASSER_BY, SCENES, t } from "./data.js"
 import { say } from "./notice.js"
-import { t } from "./data.js"
 
 const kept = new Map() // id → talk, as it is stored
 const channel = new BroadcastChannel("zhenhuan")
@@ -114,10 +113,13 @@ async function adoptOldTalks() {
   for (const key of old) {
     const { scene, visitor, messages } = quietly(() => JSON.parse(localStorage.getItem(key))) ?? {}
     const turns = turnsOf(messages)
-    if (turns.length) await change(create({ scene, visitor, turns }))
+    if (turns.length) {
+      const { id } = await change(create({ scene, visitor, turns }))
+      if (scene === localStorage.getItem("zhenhuan")) remember("last", id)
+    }
     localStorage.removeItem(key)
   }
-  if (old.length) quietly(() => localStorage.removeItem("zhenhuan"))
+  if (old.length) localStorage.removeItem("zhenhuan")
 }
 
 const plain = (content) =>
