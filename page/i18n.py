@@ -61,6 +61,7 @@ BROWSER = {key: TEXTS[key] for key in ("compare", "voice", "visitor")} | {
     "undo": ("撤销", "Undo"),
     "trash": ("已删去的", "Deleted talks"),
     "restore": ("取回", "Restore"),
+    "erase": ("永远删去", "Delete for good"),
     "branch_of": ("分支", "branch"),
     "moments": ("珍藏", "Moments"),
     "no_moments": ("还没有珍藏。在她的话下面点「珍藏」。", "None yet. Choose Keep below a line of hers."),
@@ -126,7 +127,7 @@ BROWSER = {key: TEXTS[key] for key in ("compare", "voice", "visitor")} | {
         "没有连上她那里。话已放回，请再试。",
         "She could not be reached. Your words are back in the box; try again.",
     ),
-    "busy": ("她正在另一段里说话，待她说完。", "She is still speaking in another talk; wait until she has ended."),
+    "busy": ("她还在说话，待她说完。", "She is still speaking; wait until she has ended."),
     "bad_link": (
         "这个链接里有本页没有的东西，没有照办。",
         "This link names something that this page does not have; it was left aside.",

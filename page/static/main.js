@@ -1,7 +1,7 @@
 // The page in the browser: what is in view, and the modules that draw it.
 import "./bubbles.js"
 import "./scenes.js"
-import { PASSER_BY, SCENES, LIMITS, lang, scene, t } from "./data.js"
+import { PASSER_BY, SCENES, LIMITS, scene, t } from "./data.js"
 import { find, sign } from "./dom.js"
 import { mounted } from "./gradio.js"
 import { say } from "./notice.js"

@@ -41,6 +41,6 @@ export async function arrive() {
   await opened
   const last = talk(recall("last")), left = recall("new")
   if (last && !last.deleted) return show(last)
-  if (left?.turns?.length === 0 && scene(left.scene)?.visitors.includes(left.visitor)) return show({ ...create(), ...left })
+  if (left?.turns?.length === 0 && scene(left.scene)?.visitors.includes(left.visitor)) return show(create(left))
   show(talks()[0] ?? create())
 }

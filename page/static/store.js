@@ -7,7 +7,7 @@ const kept = new Map() // id → talk, as it is stored
 const channel = new BroadcastChannel("zhenhuan")
 let database = null // or none, where the browser refuses: the talks last until the page is closed
 
-export const newId = () => [...crypto.getRandomValues(new Uint8Array(9))].map((n) => n.toString(36)).join("")
+const newId = () => [...crypto.getRandomValues(new Uint8Array(9))].map((n) => n.toString(36)).join("")
 // This tab, also after a reload of it.
 export const TAB = quietly(() => (sessionStorage.zhenhuan_tab ??= newId())) ?? newId()
 
@@ -45,7 +45,7 @@ export const opened = (async () => {
 
 export const talk = (id) => kept.get(id)
 export const talks = ({ deleted = false } = {}) =>
-  [...kept.values()].filter((each) => Boolean(each.deleted) === deleted).sort((one, other) => other.updated - one.updated)
+  [...kept.values()].filter((each) => Boolean(each.deleted) === deleted && (each.turns.length || each.draft)).sort((one, other) => other.updated - one.updated)
 
 export function create(fields = {}) {
   const now = Date.now()

@@ -226,6 +226,11 @@ def test_talks_are_named_by_their_first_line_and_can_be_sought_renamed_and_delet
     tab.get_by_role("button", name="取回", exact=True).click()
     tab.click("#talks [data-part=talks]")
     assert titles(tab) == ["雪夜", "春天如何？"]
+    tab.locator("#talks li").first.locator("[data-action=more]").click()
+    tab.locator("#talks [data-action=delete]").click()
+    tab.click("#talks [data-part=trash]")
+    tab.get_by_role("button", name="永远删去").click()
+    wait_until(lambda: [talk["turns"][0]["question"] for talk in kept(tab)] == ["春天如何？"])
 
 
 def test_a_draft_stays_with_its_talk(visit):
@@ -442,4 +447,4 @@ def test_a_forged_file_brings_no_markup_of_its_own(visit, tmp_path):
     act(tab, "provenance")
     tab.click("#open-talks")
     assert tab.locator("#talk img, #talks img").count() == 0 and words(tab, "user") == [evil]
-    assert tab.inner_text(".actions.hers .count") == "1 / 9" and not words(tab)[1].startswith("再")
+    assert tab.inner_text(".actions.hers .count") == "1 / 51" and not words(tab)[1].startswith("再")
