@@ -14,7 +14,8 @@ import "./menu.js"
 import "./votes.js"
 
 for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t)
-for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", t(element.dataset.label))
+for (const element of document.querySelectorAll("[data-label]"))
+  for (const name of element.matches("input") ? ["aria-label", "placeholder"] : ["aria-label"]) element.setAttribute(name, t(element.dataset.label))
 for (const element of document.querySelectorAll("[data-sign]")) element.prepend(sign(element.dataset.sign))
 for (const dialog of document.querySelectorAll("dialog"))
   dialog.addEventListener("click", (event) => { if (event.target === dialog || event.target.closest("[data-close]")) dialog.close() })

@@ -69,7 +69,7 @@ export async function ask(where, question) {
     each.turns.push(turn)
     if (each.draft === question) each.draft = ""
   })
-  if (shown().id !== now.id) show(now)
+  if (now.turns.length === 1 || shown().id !== now.id) show(now)
   if (box()?.value === question) write("")
   start({ talk: now.id, turn: turn.id, reply: reply.id, mode: "ask" })
 }

@@ -139,4 +139,4 @@ export function turnsOf(messages) {
 export const newTurn = (question) => ({ id: newId(), question, asked: Date.now(), replies: [], at: 0 })
 export const newReply = (fields = {}) => ({ id: newId(), text: "", hint: "", time: Date.now(), beat: Date.now(), state: "growing", tab: TAB, ...fields })
 export const shownReply = (turn) => turn.replies[turn.at]
-export const titleOf = (talk) => talk.title || talk.turns[0]?.question || t("new_talk")
+export const titleOf = (talk) => talk.title || talk.turns[0]?.question || talk.draft || t("new_talk")

@@ -246,6 +246,10 @@ def test_a_draft_stays_with_its_talk(visit):
     wait_until(lambda: tab.input_value(BOX) == "另一句")
     open_talk(tab, "早")
     wait_until(lambda: tab.input_value(BOX) == "写了一半")
+    open_talk(tab, "另一句")
+    wait_until(lambda: tab.input_value(BOX) == "另一句" and not words(tab, "user"))
+    open_talk(tab, "早")
+    wait_until(lambda: tab.input_value(BOX) == "写了一半")
     tab.reload()
     tab.wait_for_selector("body[data-ready]")
     wait_until(lambda: tab.input_value(BOX) == "写了一半")
@@ -256,9 +260,10 @@ def test_deleting_everything_empties_the_browser_and_can_be_undone(visit):
     ask(tab, "甲", "一。")
     enter(tab, "太后")
     ask(tab, "乙", "二。")
+    tab.type(BOX, "甲的草稿")
     menu(tab, "forget")
     tab.locator("#notice", has_text="已全部抹去").wait_for()
-    assert kept(tab) == [] and words(tab, "user") == []
+    assert kept(tab) == [] and words(tab, "user") == [] and tab.input_value(BOX) == ""
     assert "甲" not in tab.evaluate("JSON.stringify([localStorage, sessionStorage])")
     tab.click("#notice button")
     wait_until(lambda: len(kept(tab)) == 2)
