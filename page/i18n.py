@@ -108,6 +108,7 @@ BROWSER = {key: TEXTS[key] for key in ("compare", "voice", "visitor")} | {
     "facts_base": ("底座", "Base"),
     "facts_seed": ("种子", "Seed"),
     "facts_speed": ("{} 个 token，首字 {} 秒，每秒 {} 个", "{} tokens, the first after {} s, {} a second"),
+    "facts_took": ("用时", "Took"),
     "facts_stop": ("收尾", "End"),
     "stop_stop": ("自己说完", "ended by herself"),
     "stop_length": ("到长度上限", "length limit"),

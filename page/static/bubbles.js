@@ -46,7 +46,7 @@ const waitingLine = (text) => h("p", { class: "hint" }, text)
 function provenance(facts) {
   const rows = [
     ["facts_adapter", facts.adapter + (facts.digest ? ` (sha256 ${facts.digest}…)` : "")], ["facts_base", facts.base], ["facts_seed", facts.seed],
-    ["provenance", t("facts_speed", facts.tokens, facts.first_token, facts.speed)], ["facts_stop", t(`stop_${facts.finish_reason}`)],
+    ["facts_took", t("facts_speed", facts.tokens, facts.first_token, facts.speed)], ["facts_stop", t(`stop_${facts.finish_reason}`)],
   ]
   return h("dl", { class: "facts" }, ...rows.flatMap(([key, value]) => [h("dt", {}, t(key)), h("dd", {}, `${value}`)]))
 }
