@@ -342,7 +342,7 @@ def test_a_server_that_is_gone_gives_the_question_back(visit):
     tab = visit(url=url)
     page.close()
     say(tab, "还在么？")
-    wait_until(lambda: tab.input_value(BOX) == "还在么？" and tab.inner_text("#notice"), 20)
+    wait_until(lambda: tab.input_value(BOX) == "还在么？" and tab.inner_text("#notice"))
     assert not words(tab, "user")
 
 
