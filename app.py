@@ -7,8 +7,11 @@ python app.py [--base small|medium|7b|FOLDER] [--bits 16|8|4] [--engine llama|tr
 import argparse
 import gc
 import logging
+import mimetypes
 import os
 import sys
+from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -26,49 +29,43 @@ import gradio as gr
 from gradio.events import api
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from chat import ENGINES, load
 from chat.bases import MEMORY_7B
 from chat.engine import BASE_ONLY, ChatEngine
-from chat.persona import GREETING, NAME, PASSER_BY, SCENES
+from chat.persona import NAME, PASSER_BY, SCENES
 from chat.sampling import PARAMETERS
 from page import compare_tab, conversation, metrics
-from page.chat_tab import PORTRAIT, ChatTab, about, visitor_choices, visitor_id
+from page.chat_tab import ChatTab, about, visitor_id
 from page.http import Caching, Security
-from page.i18n import LANGUAGES, SCENE_LINE, text
+from page.i18n import BROWSER, ENGLISH, LANGUAGES, VISITORS, browser_module, text
 from page.service import MAX_SEED, MAX_WAITING, ChatRequest, ChatService
 
 STATIC = Path(__file__).parent / "page" / "static"
 
 
 def build_page(engine: ChatEngine) -> gr.Blocks:
-    """The page for an engine: talk in one tab, adapter against base in the other."""
+    """The page for an engine. page.css shows one of its columns at a time, beside what page/static draws."""
     service = ChatService(engine)
-    page = gr.Blocks(title="Chat-甄嬛", fill_height=True, analytics_enabled=False)
+    page = gr.Blocks(title="Chat-甄嬛", analytics_enabled=False)
     page.chat_engine = engine  # type: ignore[attr-defined]  # for `health`
     with page:
-        gr.Markdown(MASTHEAD, sanitize_html=False, padding=True)
-        with gr.Row(elem_id="stage"):
-            scenes = [(text(scene.name), scene.name) for scene in SCENES]
-            scene = gr.Dropdown(scenes, value=SCENES[0].name, label=text("scene"), filterable=False)
-            # Everybody at first, for API calls that name a scene; the page narrows the list to the scene at once.
-            visitor = gr.Dropdown(visitor_choices(), value=PASSER_BY, label=text("visitor"), filterable=False)
-        scene_line = gr.Markdown(text(SCENE_LINE + SCENES[0].name), elem_id="setting")
-        with gr.Accordion(text("voice"), open=False) as voice:
+        # Scene and visitor are chosen in what page/static draws; here they are inputs of `/chat`.
+        scene = gr.Dropdown([scene.name for scene in SCENES], value=SCENES[0].name, label=text("scene"), visible=False)
+        visitor = gr.Dropdown(list(VISITORS), value=PASSER_BY, label=text("visitor"), visible=False)
+        with gr.Column(elem_id="voice"):
+            gr.Markdown(about(engine), elem_id="about")
             inputs = [scene, visitor, *_controls(service)]
-        voice.unrender()  # ChatInterface wants its inputs made; people want them below the conversation
-        status = gr.Markdown(about(engine), elem_id="status", render=False)
-        with gr.Tab(text("talk")):
-            chat_tab = ChatTab(page, service, inputs, scene_line, status)
-            voice.render()
-            status.render()
-        with gr.Tab(text("compare")):
+        with gr.Column(elem_id="speak"):
+            if engine.refused or engine.adapters[0] == BASE_ONLY:
+                gr.Markdown(about(engine), elem_id="lacking")
+            ChatTab(page, service, inputs)
+        with gr.Column(elem_id="compare"):
             compare_tab.add(service, inputs)
-        chat_tab.connect()
         _offer_tool(service)
-    gradio_internals.answer_in_plain_strings(page)
+    gradio_internals.share_queue(page, service.max_visitors)  # page.waiting_queue has them take turns
     page.queue(max_size=4 * MAX_WAITING)
     return page
 
@@ -77,7 +74,7 @@ def _controls(service: ChatService) -> list[Any]:
     """One control for the adapter and for each of NUMBERS (service.py), in that order."""
     adapters = service.engine.adapters
     names = [(f"{name}（只用底座 base only）" if name == BASE_ONLY else name, name) for name in adapters]
-    controls: list[Any] = [gr.Dropdown(names, value=adapters[0], label=text("adapter"), filterable=False)]
+    controls: list[Any] = [gr.Radio(names, value=adapters[0], label=text("adapter"))]
     for name, parameter in PARAMETERS.items():
         low, high, step = (parameter.metadata[key] for key in ("low", "high", "step"))
         controls.append(gr.Slider(low, high, service.numbers[name], step=step, label=text(name)))
@@ -108,21 +105,33 @@ async def health(request: Request) -> PlainTextResponse:
     return PlainTextResponse(word, 200 if word in ("ok", "loading") else 503)
 
 
-def _static(name: str) -> str:
-    return (STATIC / name).read_text(encoding="utf-8")
+RANGES = {name: (each.metadata["low"], each.metadata["high"]) for name, each in PARAMETERS.items()}
+FILES = {path.name: path.read_bytes() for path in sorted(STATIC.iterdir())}
+FILES["texts.js"] = browser_module(RANGES | {"seed": (-1, MAX_SEED)}).encode()
+DIGEST = sha256(b"".join(FILES.values())).hexdigest()[:16]  # in their address: a browser asks for them once
 
 
-MASTHEAD = (
-    f'<div id="masthead">{_static(PORTRAIT.name)}<div><h1>Chat-{NAME}</h1>'
-    "<p>与《甄嬛传》里的她说说话。她的话由模型写成，并非真人。</p>"
-    f'<p class="english" lang="en">Talk with {NAME} of the Qing court. A model writes her words.</p>'
-    "</div></div>"
-)
-STYLE = f"<style>{_static('page.css')}</style>"
-SHELL = Template(_static("shell.html"))
-gradio_internals.put_in_document(
-    STYLE + SHELL.substitute(masthead=MASTHEAD, portrait=_static(PORTRAIT.name), greeting=GREETING)
-)
+async def static(request: Request) -> Response:
+    """A file of page/static, under an address that changes with its content."""
+    name = request.path_params["name"]
+    if name not in FILES or request.path_params["digest"] != DIGEST:
+        return PlainTextResponse("There is no such file.", 404)
+    kind = "text/javascript" if name.endswith(".js") else mimetypes.guess_type(name)[0]
+    return Response(FILES[name], media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+
+
+def _document() -> str:
+    """What stands in the document before Gradio's own: the bar, the talk, the lists, and the scripts that fill them."""
+    markup = Template(FILES["shell.html"].decode())
+    scene, (greeting, _) = SCENES[0], ENGLISH[SCENES[0].name]
+    return f"<style>{FILES['page.css'].decode()}</style>" + markup.substitute(
+        asdict(scene), greeting_english=greeting, name=NAME, scene=scene.name, visitor=PASSER_BY,
+        visitor_english=VISITORS[PASSER_BY], made=BROWSER["made"][0], made_english=BROWSER["made"][1], digest=DIGEST,
+        portrait=FILES["portrait.svg"].decode(),
+    )  # fmt: skip
+
+
+gradio_internals.put_in_document(_document())
 # page.css names the fonts; those of the theme are files.
 THEME = gr.themes.Soft(
     primary_hue="rose", neutral_hue="stone", spacing_size="sm", font="serif", font_mono="monospace"
@@ -140,14 +149,12 @@ LAUNCH: dict[str, Any] = {
     "ssr_mode": False,
     "footer_links": [],
     "theme": THEME,
-    # Not as css_paths: Gradio would rewrite the selectors of media queries so that they match nothing.
-    "head": f"{STYLE}<script>{_static('page.js')}</script>",
     "favicon_path": STATIC / "favicon.svg",
     "pwa": True,
     "i18n": LANGUAGES,
     "app_kwargs": {
         "middleware": [Middleware(Security), Middleware(Caching)],
-        "routes": [Route("/health", health)],
+        "routes": [Route("/health", health), Route("/page-static/{digest}/{name}", static)],
     },
 }
 

@@ -23,49 +23,54 @@ def add(service: ChatService, inputs: list[Any]) -> None:
     with gr.Row():
         question = gr.Textbox(label=text("question"), max_length=MAX_CHARACTERS, elem_id="asked", scale=6)
         ask = gr.Button(text("ask"), variant="primary", elem_id="ask", scale=1)
-        stop = gr.Button(text("stop"), variant="stop", elem_id="hush", scale=1)
+        stop = gr.Button(text("stop"), elem_id="hush", scale=1, visible=False)
     with gr.Row(equal_height=True):
-        sides = [gr.Markdown(container=True, min_height=120, elem_id=side) for side in ("left", "right")]
+        sides = []
+        for side in ("left", "right"):
+            with gr.Column(min_width=120):
+                gr.Markdown(text(f"{side}_side"), elem_classes="side")
+                sides.append(gr.Markdown(text("nothing_yet"), elem_id=side))
     with gr.Row(elem_id="votes"):
-        votes = [gr.Button(text(vote), interactive=False, size="sm", elem_id=f"vote-{vote}") for vote in VOTES]
+        votes = [gr.Button(text(vote), visible=False, size="sm", elem_id=f"vote-{vote}") for vote in VOTES]
     verdict = gr.Markdown(elem_id="verdict")
     order = gr.State(())  # which adapter stands left, which right: the server alone knows until the vote
-    tally = gr.BrowserState({}, storage_key="zhenhuan-tally", secret="zhenhuan")
+    outcome = gr.Textbox(visible=False)  # of a vote, for the tally that the browser keeps
 
     def compare(request: gr.Request, question: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Both replies as they grow, in an order drawn anew; the votes open when both are whole."""
         chosen = ChatRequest.of(*values)
         if chosen.adapter == BASE_ONLY:
-            yield ALONE, "", (), "", *_votes(False)
+            yield ALONE, "", (), "", *buttons()
             return
         adapters = random.sample([chosen.adapter, BASE_ONLY], 2)
         messages, replies = [conversation.question(question)], tuple[Reply, ...]()
         for replies in service.generate(messages, chosen, visitor_id(request), adapters):
-            yield *(reply.shown for reply in replies), adapters, "", *_votes(False)
-        if all(reply.usage for reply in replies):
-            yield *(reply.shown for reply in replies), adapters, "", *_votes(True)
+            yield *(reply.shown for reply in replies), adapters, "", *buttons(stop=True)
+        finished = all(reply.usage for reply in replies)
+        yield *(reply.shown for reply in replies), adapters, "", *buttons(votes=finished)
 
     asked = gr.on(
         [ask.click, question.submit], compare, [question, *inputs],
-        [*sides, order, verdict, *votes], api_visibility="private",
+        [*sides, order, verdict, ask, stop, *votes], show_progress="hidden", api_visibility="private",
+        js="(question, scene, visitor, ...rest) => [question, ...zhenhuan.place(), ...rest]",
     )  # fmt: skip
-    stop.click(lambda: _votes(False), None, votes, cancels=[asked], **QUIET)
+    stop.click(buttons, None, [ask, stop, *votes], cancels=[asked], **QUIET)
+    asked.failure(buttons, None, [ask, stop, *votes], **QUIET)
     for vote, button in zip(VOTES, votes, strict=True):
-        button.click(partial(count, vote), [order, tally], [verdict, tally, *votes], **QUIET)
+        button.click(partial(reveal, vote), [order], [verdict, outcome, ask, stop, *votes], **QUIET).then(
+            None, [verdict, outcome], [verdict], js="(verdict, outcome) => zhenhuan.count(verdict, outcome)", **QUIET
+        )
 
 
-def count(vote: str, order: list[str], tally: dict[str, int]) -> tuple[Any, ...]:
-    """Reveal who stood where, and add the vote to the tally: for the adapter, for the base, or for neither."""
+def reveal(vote: str, order: list[str]) -> tuple[Any, ...]:
+    """Who stood where, and the vote's outcome: for the adapter, for the base, or even; no outcome without an order."""
     if len(order) != len(("left", "right")):
-        return gr.skip(), gr.skip(), *_votes(False)
+        return gr.skip(), "", *buttons()
     chosen = {"left": order[0], "right": order[1], "even": ""}[vote]
-    kind = "even" if not chosen else "base" if chosen == BASE_ONLY else "adapter"
-    counted = {key: int((tally or {}).get(key, 0)) for key in ("adapter", "base", "even")}
-    counted[kind] += 1
-    revealed = f"左 Left: **{order[0]}** · 右 Right: **{order[1]}**"
-    score = f"适配器 adapter {counted['adapter']} : 底座 base {counted['base']} · 平 even {counted['even']}"
-    return f"{revealed}  \n{score}", counted, *_votes(False)
+    outcome = "even" if not chosen else "base" if chosen == BASE_ONLY else "adapter"
+    return f"左 Left: **{order[0]}** · 右 Right: **{order[1]}**", outcome, *buttons()
 
 
-def _votes(open_: bool) -> list[Any]:
-    return [gr.update(interactive=open_) for _ in VOTES]
+def buttons(stop: bool = False, votes: bool = False) -> list[Any]:
+    """Ask or Stop, and the votes where two whole replies stand: no button is there that can do nothing."""
+    return [gr.update(visible=shown) for shown in (not stop, stop, *[votes] * len(VOTES))]

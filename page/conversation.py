@@ -1,22 +1,19 @@
-"""A conversation as data: read once from what the page or a stranger sends, exported, read back, leafed through."""
+"""A conversation as data: what a stranger or the browser sends, read once into plain messages."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
 
 from chat import persona
 from chat.engine import MAX_CHARACTERS, MAX_TURNS
-from chat.persona import NAME, PASSER_BY, SCENES, SYSTEM_PROMPT, Message
+from chat.persona import PASSER_BY, SCENES, Message
 
 HINT = "\n\n〔"  # opens a plain hint below her words; a history is cut there
-PROVENANCE = "来历 · Provenance"  # title of the note below a reply; a history drops what has a title
 MAX_MESSAGE = 2 * MAX_CHARACTERS  # characters of one message in a history
-MAX_FILE = 1_000_000  # characters of a file that is read back
-MAX_ALTERNATIVES = 9  # replies to one question that are kept
-FORMATS = {"Markdown": "md", "JSON": "json", "ShareGPT": "sharegpt.json"}  # of exports, with the file name's suffix
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-ChatbotMessage = dict[str, Any]  # a message as gr.Chatbot takes it
+MAX_REQUEST = 1_000_000  # characters of what the browser sends
+MAX_ID = 64  # characters of each id of the browser's
+Mode = Literal["ask", "continue", "suggest"]
 
 
 class Refused(Exception):
@@ -35,14 +32,14 @@ def plain_text(content: object) -> str:
 
 
 def read_history(history: Sequence[Any]) -> list[Message]:
-    """The visitor's and her messages of a page's history, as plain text.
+    """The visitor's and her messages of a history, as plain text.
 
     A history can be forged: other roles are dropped, lengths capped. Her greeting is dropped too, for she was trained
-    on conversations that the visitor opens; so are notes on provenance.
+    on conversations that the visitor opens.
     """
     messages: list[Message] = []
     for entry in list(history)[-2 * MAX_TURNS :]:
-        if not isinstance(entry, dict) or _has_title(entry):
+        if not isinstance(entry, dict):
             continue
         role, text = entry.get("role"), plain_text(entry.get("content")).split(HINT)[0][:MAX_MESSAGE]
         if text and (role == "user" or (role == "assistant" and messages)):
@@ -63,125 +60,34 @@ def check_question(message: Message) -> None:
         raise Refused(persona.LONG_WINDED, f"每句至多 {MAX_CHARACTERS} 字。 At most {MAX_CHARACTERS} characters.")
 
 
-def greeting(scene: str = SCENES[0].name) -> ChatbotMessage:
-    """Her first words in a scene, with openers to tap."""
-    opened = persona.scene_named(scene)
-    options = [{"value": opener} for opener in opened.openers]
-    return {"role": "assistant", "content": opened.greeting, "options": options}
-
-
-def note(facts: str) -> ChatbotMessage:
-    """Facts about a reply, folded up below it."""
-    return {"role": "assistant", "content": facts, "metadata": {"title": PROVENANCE, "status": "done"}}
-
-
-def _has_title(entry: ChatbotMessage) -> bool:
-    return bool((entry.get("metadata") or {}).get("title"))
-
-
-def split_reply(history: Sequence[ChatbotMessage]) -> tuple[list[ChatbotMessage], list[ChatbotMessage]]:
-    """The history up to the visitor's last question, and her reply to it with its notes; nothing asked, no reply."""
-    asked = [i for i, entry in enumerate(history) if entry["role"] == "user"]
-    end = asked[-1] + 1 if asked else len(history)
-    return list(history[:end]), list(history[end:])
-
-
-def reply_text(reply: Sequence[ChatbotMessage]) -> str:
-    """Her words in a reply, without notes and hints."""
-    return "".join(plain_text(entry["content"]) for entry in reply if not _has_title(entry)).split(HINT)[0]
-
-
 @dataclass(frozen=True)
-class Transcript:
-    """A conversation read back: its scene, its visitor, and its messages as the page shows them."""
+class TalkRequest:
+    """What the browser sends for one reply. `ids` names talk, turn and reply there; they are handed back unread."""
 
+    mode: Mode
+    messages: list[Message]  # the last one is the visitor's question, or with "continue" her reply so far
     scene: str
     visitor: str
-    messages: list[ChatbotMessage]
+    ids: dict[str, str]
+
+    @classmethod
+    def parse(cls, text: str) -> "TalkRequest":
+        """Read it as a stranger's, which it may be. Raises ValueError, which quotes none of it."""
+        try:
+            if len(text) > MAX_REQUEST:
+                raise ValueError
+            data = json.loads(text)
+            mode, messages = str(data["mode"]), read_history(data["messages"])
+            ids = {key: str(data.get(key, ""))[:MAX_ID] for key in ("talk", "turn", "reply")}
+            where = {key: str(data.get(key, default)) for key, default in _DEFAULTS.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise ValueError("这不是本页写的请求。 This is not a request of this page.") from None
+        if mode not in get_args(Mode) or (mode == "continue" and [m["role"] for m in messages[-2:]] != PAIR):
+            raise ValueError("没有可接着说的话。 There is no reply to continue.")
+        if mode != "continue":
+            messages.append(question(data.get("question", "")))
+        return cls(cast("Mode", mode), messages, ids=ids, **where)
 
 
-def export(history: Sequence[ChatbotMessage], scene: str, visitor: str, form: str) -> str:
-    """The conversation as Markdown for people, as JSON with every note, or as ShareGPT, which training can read."""
-    if form == "Markdown":
-        names = {"user": f"**{visitor}**", "assistant": f"**{NAME}**"}
-        lines = [f"{names[message['role']]}：{message['content']}" for message in read_history(history)]
-        return "\n\n".join([f"# {NAME} · {scene}", *lines]) + "\n"
-    document: Any = {"scene": scene, "visitor": visitor}
-    if form == "ShareGPT":
-        messages = read_history(history)
-        if messages and messages[-1]["role"] == "user":
-            messages.pop()  # a question without a reply teaches nothing
-        speakers = {"user": "human", "assistant": "gpt"}
-        turns = [{"from": speakers[message["role"]], "value": message["content"]} for message in messages]
-        document = [{**document, "system": SYSTEM_PROMPT, "conversations": turns}]
-    else:
-        document["messages"] = [
-            {"role": entry["role"], "content": plain_text(entry["content"])}
-            | ({"metadata": note("")["metadata"]} if _has_title(entry) else {})
-            for entry in history
-            if isinstance(entry, dict) and entry.get("role") in SPEAKERS
-        ]
-    return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
-
-
-def read_transcript(text: str) -> Transcript:
-    """Read back what `export` wrote as JSON or ShareGPT, or what the browser kept. Raises ValueError.
-
-    It may be forged: roles, lengths, scene and visitor are checked as a stranger's.
-    """
-    if len(text) > MAX_FILE:
-        raise ValueError(f"这份记录太长（{len(text):,} 字）。 The transcript is too long; {MAX_FILE:,} characters fit.")
-    try:
-        data = json.loads(text)
-        data = data[0] if isinstance(data, list) else data
-        entries = data.get("messages") or data["conversations"]
-        scene, visitor = data.get("scene") or SCENES[0].name, data.get("visitor") or PASSER_BY
-        persona.with_scene([], scene, visitor)
-        messages = [_checked(entry) for entry in entries[: 4 * MAX_TURNS]]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ValueError(
-            "读不懂：请选本页存出的 JSON 或 ShareGPT。 Not a transcript of this page; its JSON or ShareGPT can be read."
-        ) from error
-    if not messages or messages[0]["role"] != "assistant":
-        messages.insert(0, greeting(scene))
-    return Transcript(scene, visitor, messages)
-
-
-def _checked(entry: dict[str, Any]) -> ChatbotMessage:
-    """A message with nothing but its role, its text and, for a note, our own title."""
-    role = SPEAKERS[entry.get("role") or entry["from"]]
-    text = plain_text(entry["content"] if "content" in entry else entry["value"])
-    return note(text) if role == "assistant" and _has_title(entry) else {"role": role, "content": text}
-
-
-@dataclass(frozen=True)
-class Alternatives:
-    """Her replies to one question: retrying adds one, a new question starts over."""
-
-    asked: tuple[str, ...] = ()
-    replies: tuple[tuple[ChatbotMessage, ...], ...] = ()
-    at: int = 0
-
-    def remember(self, history: Sequence[ChatbotMessage]) -> "Alternatives":
-        """With the reply that the history ends on, unless it is there already."""
-        before, reply = split_reply(history)
-        if not reply or not reply_text(reply):
-            return self
-        asked = tuple(plain_text(entry["content"]) for entry in before)
-        kept = self.replies if asked == self.asked else ()
-        texts = [reply_text(each) for each in kept]
-        if reply_text(reply) in texts:
-            return Alternatives(asked, kept, texts.index(reply_text(reply)))
-        kept = (*kept, tuple(reply))[-MAX_ALTERNATIVES:]
-        return Alternatives(asked, kept, len(kept) - 1)
-
-    def leaf(self, history: Sequence[ChatbotMessage], step: int) -> tuple[list[ChatbotMessage], "Alternatives"]:
-        """The history with the next or the previous reply in place of the one shown."""
-        before, reply = split_reply(history)
-        if len(self.replies) < 2 or tuple(plain_text(entry["content"]) for entry in before) != self.asked:
-            return [*before, *reply], self
-        at = (self.at + step) % len(self.replies)
-        return [*before, *self.replies[at]], replace(self, at=at)
-
-    def __str__(self) -> str:
-        return f"{self.at + 1} / {len(self.replies)}" if self.replies else "1 / 1"
+PAIR = ["user", "assistant"]
+_DEFAULTS = {"scene": SCENES[0].name, "visitor": PASSER_BY}

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import wraps
 from typing import Any
 from unittest import mock
 
@@ -14,7 +13,7 @@ with mock.patch("inspect.getfile", side_effect=OSError):
 import gradio.routes
 import gradio.utils
 from gradio.blocks import Block, BlocksConfig
-from gradio.events import Dependency, EventListenerMethod
+from gradio.events import EventListenerMethod
 from jinja2 import ChoiceLoader, DictLoader
 
 _config_for_block = BlocksConfig.config_for_block
@@ -75,42 +74,31 @@ def share_queue(page: gr.Blocks, limit: int) -> None:
         event.concurrency_id, event.concurrency_limit = "reply", limit
 
 
-def following(event: Any) -> Dependency:
-    """What Gradio returns for an event of one's own, so that `success` and `failure` can follow ChatInterface's too."""
-    return Dependency(None, {}, event._id, event.fn)
-
-
-def offer_stop(page: gr.Blocks, textbox: Any) -> None:
-    """Let the text box's Stop end every streaming event; ChatInterface has it end a question sent and Retry alone.
+def offer_stop(page: gr.Blocks, textbox: Any, event: Any) -> None:
+    """Let the text box's Stop end the event.
 
     The event has no function: the one that Gradio gives cancels the session's name alone, and when that happens twice,
-    the next question may be cancelled too. The `failure` of what was cancelled opens the box.
+    the next question may be cancelled too.
     """
-    stops = [event for event in page.fns.values() if (textbox._id, "stop") in event.targets]
-    stopped = {number for event in stops for number in event.cancels}
     page.default_config.set_event_trigger(
         targets=[EventListenerMethod(textbox, "stop")], fn=None, inputs=None, outputs=None, queue=False,
-        show_progress="hidden", api_visibility="private",
-        cancels=[event._id for event in streaming_events(page) if event._id not in stopped],
+        show_progress="hidden", api_visibility="private", cancels=[event["id"]],
     )  # fmt: skip
+
+
+def keep_only_chat_api(page: gr.Blocks) -> None:
+    """Take away all events but `/chat`: ChatInterface's keep one conversation on the server, and lock the text box.
+
+    Called as soon as ChatInterface is there, before other events are.
+    """
+    for number, event in list(page.default_config.fns.items()):
+        if event.api_name != "chat":
+            del page.default_config.fns[number]
 
 
 def _chat_event(page: gr.Blocks) -> Any:
     (event,) = [event for event in page.fns.values() if event.api_name == "chat"]
     return event
-
-
-def answer_in_plain_strings(page: gr.Blocks) -> None:
-    """Let `/chat` return her words without the page's notes: ChatInterface takes one function for page and API."""
-    event = _chat_event(page)
-    stream: Any = event.fn
-
-    @wraps(stream)  # Gradio reads from its signature what to hand over
-    async def plain(*inputs: Any) -> Any:
-        async for messages, *rest in stream(*inputs):
-            yield messages[0]["content"], *rest
-
-    event.fn = plain
 
 
 def hide_chat_from_tools(page: gr.Blocks) -> None:

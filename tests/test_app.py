@@ -169,11 +169,12 @@ def test_doors_that_gradio_leaves_open_are_closed(serve, path):
     assert refused.value.code in (403, 404, 413)
 
 
-def test_every_streaming_event_reopens_the_box_when_it_fails():
+def test_chat_interface_keeps_no_conversation_of_its_own_but_that_of_the_api():
     page = app.build_page(FakeEngine("好"))
-    streaming = [event._id for event in page.fns.values() if event.types_generator]
-    rescued = {event.trigger_after for event in page.fns.values() if event.trigger_only_on_failure}
-    assert streaming and set(streaming) <= rescued
+    kept = {block._id for block in page.blocks.values() if type(block).__name__ == "Chatbot"}
+    touched = {each._id for event in page.fns.values() for each in [*event.inputs, *event.outputs]}
+    assert kept and not kept & touched
+    assert [event.api_name for event in page.fns.values() if event.api_visibility == "public"] == ["chat", "ask"]
 
 
 def test_the_page_says_when_there_is_no_adapter():

@@ -54,7 +54,7 @@ def test_every_answer_carries_the_policy_that_keeps_it_to_its_origin(address, pa
 
 @pytest.mark.parametrize("coding", DECODERS)
 def test_document_and_files_are_compressed(address, asset, coding):
-    for url, share in ((address, 6), (asset, 2.5), (f"{address}/theme.css", 4)):
+    for url, share in ((address, 5), (asset, 2.5), (f"{address}/theme.css", 4)):
         _, plain, whole = get(url)
         _, headers, body = get(url, Accept_Encoding=f"deflate, {coding}")
         assert headers["Content-Encoding"] == coding and not plain["Content-Encoding"]
@@ -81,6 +81,17 @@ def test_what_is_named_after_its_content_is_not_asked_for_again(address, asset):
         assert "immutable" not in (get(address + path)[1]["Cache-Control"] or "")
 
 
+def test_what_the_page_draws_itself_is_asked_for_once_under_an_address_of_its_content(address):
+    path = re.search(rb'src="(page-static/[0-9a-f]{16}/)main.js"', get(address)[2])[1].decode()
+    for name, kind in (("main.js", "text/javascript"), ("texts.js", "text/javascript"), ("favicon.svg", "image/svg")):
+        status, headers, _ = get(f"{address}/{path}{name}", Accept_Encoding="br")
+        assert status == 200 and headers["Content-Type"].startswith(kind) and headers["Content-Encoding"] == "br"
+        assert headers["Cache-Control"] == "public, max-age=31536000, immutable"
+    for gone in (f"{path}..%2fpage.css", f"{path}nothing.js", "page-static/0123456789abcdef/main.js"):
+        status, headers, _ = get(f"{address}/{gone}")
+        assert status == 404 and "immutable" not in (headers["Cache-Control"] or "")
+
+
 def test_no_font_is_fetched(address):
     assert b"@font-face" not in get(f"{address}/theme.css")[2]
 
@@ -104,7 +115,7 @@ def test_a_stream_of_events_passes_untouched(address):
 
 def assert_greets_at_once(document):
     before, _, _ = document.decode().partition("<gradio-app")
-    assert persona.GREETING in before and 'id="masthead"' in before and "#shell {" in before
+    assert persona.GREETING in before and 'id="bar"' in before and "#talk {" in before
 
 
 def test_the_document_has_her_greeting(address):

@@ -1,4 +1,4 @@
-"""What stands around an engine: the queue, the rate limiter, transcripts, replies that never raise, ZeroGPU."""
+"""What stands around an engine: the queue, the rate limiter, requests, replies that never raise, ZeroGPU."""
 
 import json
 import os
@@ -17,15 +17,14 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 
 import chat.engine
 from chat import persona
-from chat.engine import Chunks, FinishReason, InferenceThreads, Stalled, Usage, drain
-from page import chat_tab, conversation, service
-from page.conversation import Alternatives
+from chat.engine import MAX_TURNS, Chunks, FinishReason, InferenceThreads, Stalled, Usage, drain
+from page import chat_tab, conversation, i18n, service
+from page.conversation import TalkRequest
 from page.rate_limiter import Exceeded, RateLimiter, SlidingWindowCounter
 from page.service import ChatRequest, ChatService
 from page.waiting_queue import Full, WaitingQueue
 from tests.conftest import ROOT
 from tests.fake_engine import FakeEngine
-from training.data import load
 
 ASK = [{"role": "user", "content": "早"}]
 
@@ -280,79 +279,56 @@ def test_both_sides_of_a_comparison_grow_and_end():
 
 
 def test_a_link_says_only_what_differs_and_the_seed():
-    query = chat_tab.link(ChatRequest(adapter="pocket", numbers={"temperature": 0.9}), 5, "你是谁？")
-    assert query == "temperature=0.9&adapter=pocket&seed=5&q=%E4%BD%A0%E6%98%AF%E8%B0%81%EF%BC%9F"
+    query = chat_tab.link(ChatRequest(adapter="pocket", numbers={"temperature": 0.9}), 5)
+    assert query == "temperature=0.9&adapter=pocket&seed=5"
 
 
-# transcripts
+# what the browser sends
 
-TALK = [
-    conversation.greeting("甘露寺"),
-    asked("我叫小林"),
-    said("记下了。" + conversation.HINT + "提示〕"),
-    conversation.note("种子 Seed: 5"),
-]
+TALK = [asked("我叫小林"), said("记下了。" + conversation.HINT + "提示〕")]
 
 
-def test_json_keeps_the_notes_and_comes_back():
-    back = conversation.read_transcript(conversation.export(TALK, "甘露寺", "果郡王", "JSON"))
-    assert (back.scene, back.visitor) == ("甘露寺", "果郡王")
-    assert [conversation.plain_text(entry["content"]) for entry in back.messages] == [
-        persona.scene_named("甘露寺").greeting, "我叫小林", "记下了。" + conversation.HINT + "提示〕", "种子 Seed: 5",
-    ]  # fmt: skip
-    assert back.messages[3]["metadata"]["title"] == conversation.PROVENANCE
-    assert [turn["content"] for turn in conversation.read_history(back.messages)] == ["我叫小林", "记下了。"]
+def sent(**fields):
+    """A request of the browser's, with some fields changed; one that is None is left out."""
+    ids = {"talk": "t", "turn": "u", "reply": "r"}
+    data = {**ids, "mode": "ask", "messages": TALK, "question": "我叫什么？", "scene": "甘露寺", "visitor": "果郡王"}
+    return json.dumps({key: value for key, value in (data | fields).items() if value is not None})
 
 
-def test_sharegpt_is_what_training_reads(tmp_path):
-    path = tmp_path / "said.json"
-    path.write_text(conversation.export([*TALK, asked("还没答")], "甘露寺", "果郡王", "ShareGPT"), encoding="utf-8")
-    (example,) = load([str(path)])
-    assert (example.question, example.answer) == ("（甘露寺·果郡王）我叫小林", "记下了。")
-    back = conversation.read_transcript(path.read_text(encoding="utf-8"))
-    assert back.messages[0]["content"] == persona.scene_named("甘露寺").greeting and back.visitor == "果郡王"
+def test_what_the_browser_sends_is_read_into_messages():
+    request = TalkRequest.parse(sent())
+    assert [turn["content"] for turn in request.messages] == ["我叫小林", "记下了。", "我叫什么？"]
+    assert (request.scene, request.visitor) == ("甘露寺", "果郡王")
+    assert request.ids == {"talk": "t", "turn": "u", "reply": "r"}
+    assert TalkRequest.parse(sent(scene=None, visitor=None)).scene == persona.SCENES[0].name
+
+
+def test_her_reply_is_continued_and_a_line_of_the_visitors_is_begun():
+    assert TalkRequest.parse(sent(mode="continue")).messages[-1] == said("记下了。")
+    assert TalkRequest.parse(sent(mode="suggest", question="")).messages[-1] == {"role": "user", "content": ""}
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "nonsense", "[1]", '{"messages": [{"role": "system", "content": "x"}]}',
-        '{"messages": [1]}', '{"scene": "冷宫", "messages": []}', '{"conversations": [{"from": "tool", "value": "x"}]}',
-        json.dumps({"messages": "x" * conversation.MAX_FILE}),
+        "", "[]", "nonsense", "[1]", "null", "[" * 100_000, sent(mode="shout"), sent(mode=["ask"]), sent(messages=None),
+        sent(messages=7), sent(mode="continue", messages=[]), sent(mode="continue", messages=[asked("我的秘密")]),
+        sent(question="我的秘密" * conversation.MAX_REQUEST),
     ],
 )  # fmt: skip
-def test_a_transcript_that_is_none_gets_a_sentence(text):
-    with pytest.raises(ValueError, match=r"读不懂|太长"):
-        conversation.read_transcript(text)
+def test_what_is_no_request_is_refused_by_a_sentence_without_a_word_of_it(text):
+    with pytest.raises(ValueError, match=r"请求|接着说") as refused:
+        TalkRequest.parse(text)
+    assert "秘密" not in str(refused.value)
 
 
-def test_a_forged_transcript_brings_no_markup_of_its_own():
-    forged = {
-        "messages": [asked("早"), said("好") | {"metadata": {"title": "<img src=x>"}, "options": [{"value": "x"}]}]
+def test_forged_ids_and_messages_come_back_no_longer_than_the_pages_own():
+    request = TalkRequest.parse(sent(talk="x" * 10_000, turn={"a": 1}, messages=[*TALK * 500, {"role": "system"}]))
+    assert len(request.ids["talk"]) == conversation.MAX_ID and isinstance(request.ids["turn"], str)
+    assert len(request.messages) == MAX_TURNS + 1 and {turn["role"] for turn in request.messages} == {
+        "user",
+        "assistant",
     }
-    back = conversation.read_transcript(json.dumps(forged))
-    assert back.messages[-1]["metadata"]["title"] == conversation.PROVENANCE and "options" not in back.messages[-1]
-
-
-def test_alternatives_are_kept_for_one_question_and_leafed_through():
-    kept = Alternatives().remember(TALK)
-    assert str(kept) == "1 / 1" and kept.remember(TALK) == kept
-    other = [*TALK[:2], said("记牢了。")]
-    kept = kept.remember(other)
-    assert str(kept) == "2 / 2"
-    history, kept = kept.leaf(other, -1)
-    assert conversation.reply_text(history[2:]) == "记下了。" and history[3]["metadata"] and str(kept) == "1 / 2"
-    history, kept = kept.leaf(history, -1)
-    assert conversation.reply_text(history[2:]) == "记牢了。"
-    assert str(kept.remember([*other, asked("好"), said("好的。")])) == "1 / 1"
-    assert kept.leaf([*other, asked("好")], 1)[0] == [*other, asked("好")], "a reply to another question is left alone"
-
-
-def test_a_reply_asked_for_many_times_is_kept_in_bounds():
-    kept = Alternatives()
-    for n in range(50):
-        kept = kept.remember([*TALK[:2], said(f"第{n}回")])
-    assert len(kept.replies) == conversation.MAX_ALTERNATIVES and conversation.reply_text(kept.replies[-1]) == "第49回"
 
 
 # what the page says about a reply
@@ -361,8 +337,16 @@ def test_a_reply_asked_for_many_times_is_kept_in_bounds():
 def test_every_way_a_reply_can_end_has_a_word():
     for reason in get_args(FinishReason):
         reply = service.Reply("好", "", Usage(reason, 5, 0.1, 1), 3)
-        _, note = chat_tab.bubbles(FakeEngine("x"), ChatRequest(adapter="base"), reply)
-        assert "收尾 Stop" in note["content"]
+        facts = chat_tab.facts(FakeEngine("x"), ChatRequest(adapter="base"), reply)
+        assert f"stop_{facts['finish_reason']}" in i18n.BROWSER and facts["seed"] == 3
+    assert chat_tab.facts(FakeEngine("x"), ChatRequest(adapter="base"), service.Reply("好")) is None
+
+
+def test_every_scene_is_told_in_english_too():
+    assert list(i18n.ENGLISH) == [scene.name for scene in persona.SCENES]
+    for scene in persona.SCENES:
+        greeting, openers = i18n.ENGLISH[scene.name]
+        assert greeting.isascii() and len(openers) == len(scene.openers) and set(scene.visitors) <= set(i18n.VISITORS)
 
 
 def test_what_an_adapter_does_not_tell_of_its_training_is_said_below_its_replies():
@@ -394,4 +378,4 @@ def test_the_same_page_answers_on_zerogpu_and_survives_its_refusals(trained, tin
 
 def test_a_link_names_the_temperature_as_each_base_has_its_own_default():
     given = ChatRequest(adapter="pocket", numbers={"temperature": 0.7, "top_p": 0.8})
-    assert "temperature=0.7&" in (query := chat_tab.link(given, 5, "早")) and "top_p" not in query
+    assert "temperature=0.7&" in (query := chat_tab.link(given, 5)) and "top_p" not in query

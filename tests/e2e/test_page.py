@@ -1,85 +1,32 @@
 """The page in a real browser, as a fan meets it. The engine is a fake: what is tested is the page."""
 
-import os
 import re
 import time
 from pathlib import Path
 
 import pytest
 
-import app
 from chat import persona
-from page import conversation
-from tests.conftest import ROOT
+from page import i18n
+from tests.e2e.steps import (
+    BOX,
+    LONG,
+    act,
+    enter,
+    menu,
+    say,
+    shoot,
+    wait_for_words,
+    wait_until,
+    wait_until_she_ended,
+    words,
+)  # fmt: skip
 from tests.fake_engine import FakeEngine
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
-SHOTS = ROOT / "runs" / "screenshots"
-PROVENANCE = conversation.PROVENANCE
-WINDOWS = {
-    1280: {"viewport": {"width": 1280, "height": 900}},
-    390: {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True},
-}
-LONG = "昨夜落了一场雨，院里的海棠谢了大半，我叫槿汐扫了些花瓣收着，预备酿酒。" * 6
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        program = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
 
 # Once is enough for what no window changes: the network, the API, what the server does.
 once = pytest.mark.parametrize("visit", [1280], indirect=True)
-
-
-@pytest.fixture(params=WINDOWS)
-def visit(browser, request):
-    """A function that opens the page for an engine, on a desktop and on a phone, and returns the tab."""
-    opened = []
-
-    def start(engine, path="", url=None, **window):
-        if url is None:
-            page = app.build_page(engine)
-            _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
-            opened.append(page)
-        window = browser.new_context(**({"locale": "zh-CN"} | WINDOWS[request.param] | window))
-        opened.insert(0, window)
-        tab = window.new_page()
-        tab.set_default_timeout(15_000)
-        tab.goto(url + path)
-        tab.wait_for_selector("[data-testid=bot]")
-        return tab
-
-    yield start
-    for thing in opened:
-        thing.close()
-
-
-def say(tab, text):
-    tab.fill("textarea:visible", text)
-    tab.press("textarea:visible", "Enter")
-
-
-def shoot(tab, name):
-    """Leave a picture for people to look at."""
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    tab.screenshot(path=SHOTS / f"{name}-{tab.viewport_size['width']}.png")
-
-
-def words(tab, who="bot"):
-    """What stands in the bubbles, without the notes folded below them."""
-    said = [bubble.inner_text().strip() for bubble in tab.query_selector_all(f"[data-testid={who}]")]
-    return [each for each in said if not each.startswith(PROVENANCE)]
-
-
-def wait_for_words(tab, text):
-    tab.get_by_test_id("bot").filter(has_text=text).last.wait_for()
 
 
 def test_she_greets_and_answers_and_the_box_is_free_again(visit):
@@ -89,13 +36,12 @@ def test_she_greets_and_answers_and_the_box_is_free_again(visit):
     say(tab, "你是谁？")
     wait_for_words(tab, "见过这位贵客。")
     assert words(tab, "user") == ["你是谁？"] and len(words(tab)) == 2
-    assert tab.is_enabled("textarea:visible") and tab.input_value("textarea:visible") == ""
+    assert tab.is_enabled(BOX) and tab.input_value(BOX) == ""
     shoot(tab, "answer")
 
 
-# Where the masthead, the fields, the conversation, her first words and her picture stand: in the shell, in the page.
-SHELL = ["#masthead h1", "#shell .stage", "#shell section", "#shell .hers", "#shell section svg"]
-PAGE = ["#masthead h1", "#stage", "#talk", "#talk .message.bot", "#talk .avatar-container"]
+# What is there from the first paint on, and must not move.
+FIXED = ["#bar", "#portrait", "#bar h1", "#rank", "#place", "#talk", "#talk .bubble.hers"]
 PLACES = """parts => parts.map((part) => document.querySelector(part).getBoundingClientRect())
   .flatMap((box) => [box.x, box.y, box.width, box.height])"""
 
@@ -105,55 +51,54 @@ def before_gradio(tab, path=""):
     scripts = "**/assets/*.js"
     tab.route(scripts, lambda _: None)
     tab.goto(tab.url.split("?")[0] + path, wait_until="commit")
-    tab.wait_for_selector("#shell ~ gradio-app", state="attached")
+    tab.wait_for_selector("#talk ~ gradio-app, #room ~ gradio-app", state="attached")
 
     def come():
         tab.unroute(scripts)
-        tab.wait_for_selector("[data-testid=bot]")
+        tab.reload()
+        tab.wait_for_selector("body[data-ready]")
 
     return come
+
+
+SHIFT = """new PerformanceObserver((list) => list.getEntries().forEach((entry) => {
+  window.shift = (window.shift ?? 0) + entry.value
+})).observe({type: 'layout-shift', buffered: true})"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
 def test_she_greets_before_gradio_comes_and_nothing_moves_when_it_does(visit, locale, scheme):
-    tab = visit(FakeEngine("好"), locale=locale, color_scheme=scheme)
+    tab = visit(FakeEngine("好"), locale=locale, color_scheme=scheme, init=SHIFT)
     come = before_gradio(tab)
-    assert tab.inner_text("#shell .hers") == persona.GREETING and tab.is_visible("#shell[aria-busy=true]")
-    assert tab.is_visible(f"#shell .box [lang={locale[:2]}]") and not tab.query_selector("[data-testid=bot]")
+    greeting = persona.GREETING if locale == "zh-CN" else i18n.ENGLISH["永寿宫"][0]
+    assert tab.inner_text("#talk .bubble.hers").strip() == greeting and not tab.query_selector(BOX)
+    assert tab.is_visible(f"#box [lang={locale[:2]}]")
     assert tab.evaluate(CONTRAST) == [] and tab.evaluate("document.body.matches('.dark')") == (scheme == "dark")
-    shoot(tab, f"shell-{locale}-{scheme}")
-    there = tab.evaluate(PLACES, SHELL)
+    shoot(tab, f"first-{locale}-{scheme}")
+    there = tab.evaluate(PLACES, FIXED)
     come()
-    assert not tab.query_selector("#shell") and tab.locator("#masthead").count() == 1
-    wait_until(lambda: tab.evaluate(PLACES, PAGE) == pytest.approx(there, abs=1))
+    assert tab.evaluate(PLACES, FIXED) == pytest.approx(there, abs=1)
+    assert tab.evaluate("window.shift ?? 0") < 0.02
 
 
 @once
 def test_who_comes_back_to_a_talk_or_by_a_link_is_not_greeted_first(visit):
     tab = visit(FakeEngine("臣妾甄嬛。"))
-    come = before_gradio(tab, "?q=早&scene=太后")
-    assert tab.inner_text("#shell .hers") == "……"
-    come()
-    wait_until(lambda: tab.input_value("textarea:visible") == "早")
-    tab.press("textarea:visible", "Enter")
-    wait_until(lambda: tab.evaluate("zhenhuan.last().includes('臣妾甄嬛。')"))
-    come = before_gradio(tab)
-    assert tab.inner_text("#shell .hers") == "……"
-    come()
+    say(tab, "早")
     wait_for_words(tab, "臣妾甄嬛。")
-    tab.get_by_label("清空对话").click()
-    wait_until(lambda: not words(tab, "user"))
-    before_gradio(tab)
-    assert tab.inner_text("#shell .hers") == persona.GREETING
-
-
-@once
-def test_the_first_greeting_makes_way_even_without_its_script(visit):
-    tab = visit(FakeEngine("好"))
-    markup = app.SHELL.template.partition("<script>")[0]
-    tab.evaluate("markup => document.body.insertAdjacentHTML('afterbegin', markup)", markup)
-    assert tab.query_selector("#shell") and not tab.is_visible("#shell")
+    wait_until_she_ended(tab)
+    document = tab.context.request.get(tab.url).text()
+    assert persona.GREETING in document
+    modules = "**/main.js"
+    for path in ("", "?q=早&scene=太后"):
+        tab.route(modules, lambda route: route.abort())
+        tab.goto(tab.url.split("?")[0] + path, wait_until="commit")
+        tab.wait_for_selector("#box")
+        assert words(tab) == []
+    tab.unroute(modules)
+    tab.goto(tab.url.split("?")[0])
+    wait_for_words(tab, "臣妾甄嬛。")
 
 
 def assert_silent_within_a_second(engine):
@@ -189,30 +134,39 @@ def test_a_question_sent_at_once_after_stop_is_answered_whole(visit):
     tab.wait_for_selector("button.submit-button:visible")
     say(tab, "好")
     wait_for_words(tab, "再说别的。" * 12)
-    wait_until(lambda: tab.get_attribute("textarea:visible", "placeholder") == "对她说些什么……")
+    wait_until(lambda: tab.get_attribute(BOX, "placeholder") == "对她说些什么……")
     assert not failed
 
 
-@pytest.mark.parametrize("way", ["opener", "edit"])
+@pytest.mark.parametrize("way", ["opener", "edit", "again", "go_on"])
 def test_stop_is_offered_however_she_was_asked(visit, way):
-    engine = FakeEngine("头一回。", LONG, "再说别的。", pause=0.05) if way == "edit" else FakeEngine(LONG, pause=0.05)
+    engine = FakeEngine(LONG, pause=0.05) if way == "opener" else FakeEngine("头一回。", LONG, pause=0.05)
     tab = visit(engine)
-    if way == "edit":
+    if way == "opener":
+        tab.get_by_text(persona.OPENERS[0], exact=True).first.click()
+    else:
         say(tab, "早")
         wait_for_words(tab, "头一回。")
-        tab.get_by_label("编辑").last.click()
-        tab.locator(".message-wrap textarea").first.fill("讲讲昨夜")
-        tab.get_by_label("发送").click()
-    else:
-        tab.get_by_text(persona.OPENERS[0], exact=True).first.click()
+        wait_until_she_ended(tab)
+    if way == "edit":
+        act(tab, "edit", of="yours")
+        tab.fill(".editor textarea", "讲讲昨夜")
+        tab.click(".editor .primary")
+    elif way == "go_on":
+        act(tab, "edit")
+        tab.fill(".editor textarea", "且听我说，")
+        tab.click(".editor .primary")
+        wait_for_words(tab, "且听我说，")
+    if way in ("again", "go_on"):
+        act(tab, way)
     wait_for_words(tab, "昨夜落了一场雨")
     tab.click("button.stop-button:visible")
     tab.wait_for_selector("button.submit-button:visible")
     said = words(tab)[-1]
     assert said and len(said) < len(LONG)
-    tab.wait_for_timeout(1500)
-    assert not engine.running and words(tab)[-1] == said
-    assert tab.is_enabled("textarea:visible") and tab.locator("button.stop-button:visible").count() == 0
+    wait_until(lambda: not engine.running)
+    tab.wait_for_timeout(500)
+    assert words(tab)[-1] == said and tab.locator("button.stop-button:visible").count() == 0
     say(tab, "好")
     tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 2")
 
@@ -231,34 +185,49 @@ def test_the_page_and_a_stranger_at_the_api_take_turns(visit):
     assert engine.peak == 1
 
 
-def test_retry_undo_and_clear(visit):
-    engine = FakeEngine("头一回。", "第二回。")
+def test_another_reply_stands_beside_the_first_and_a_turn_can_be_deleted_and_brought_back(visit):
+    engine = FakeEngine("头一回。", "第二回。", "第三句。")
     tab = visit(engine)
     say(tab, "再说一遍")
     wait_for_words(tab, "头一回。")
-    tab.get_by_label("重试").click()
+    wait_until_she_ended(tab)
+    assert tab.locator(".actions .count").count() == 0, "nothing to leaf through"
+    act(tab, "again")
     wait_for_words(tab, "第二回。")
-    assert [m["content"] for m in engine.asked[1][0]] == ["再说一遍"]
-    tab.get_by_label("撤销").click()
-    tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
-    assert tab.input_value("textarea:visible") == "再说一遍"
-    say(tab, "再说一遍")
+    wait_until_she_ended(tab)
+    assert [m["content"] for m in engine.asked[1][0]] == ["再说一遍"] and tab.inner_text(".actions .count") == "2 / 2"
+    act(tab, "earlier")
     wait_for_words(tab, "头一回。")
-    tab.get_by_label("清空对话").click()
-    tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
-    wait_for_words(tab, persona.GREETING[:8])
+    say(tab, "好")
+    wait_for_words(tab, "第三句。")
+    assert [m["content"] for m in engine.asked[2][0]] == ["再说一遍", "头一回。", "好"]
+    wait_until_she_ended(tab)
+    act(tab, "delete")
+    wait_until(lambda: words(tab, "user") == ["再说一遍"])
+    tab.click("#notice button")
+    wait_until(lambda: words(tab, "user") == ["再说一遍", "好"])
 
 
-def test_an_edited_question_is_answered_anew(visit):
-    engine = FakeEngine("头一回。", "改后的回话。")
-    tab = visit(engine)
+@once
+def test_an_earlier_turn_is_answered_anew_only_in_a_branch(visit):
+    tab = visit(FakeEngine("一。", "二。"))
+    for question, answer in (("甲", "一。"), ("乙", "二。")):
+        say(tab, question)
+        wait_for_words(tab, answer)
+        wait_until_she_ended(tab)
+    keys = "rows => rows.map((row) => [...row.querySelectorAll('button')].map((each) => each.dataset.action))"
+    first, last = tab.eval_on_selector_all(".actions.hers", keys)
+    assert "again" not in first and "again" in last
+
+
+def test_no_button_is_there_that_can_do_nothing(visit):
+    tab = visit(FakeEngine("臣妾甄嬛。"))
+    assert tab.locator("#talk .actions").count() == 0, "nothing was said yet"
     say(tab, "早")
-    wait_for_words(tab, "头一回。")
-    tab.get_by_label("编辑").last.click()
-    tab.locator(".message-wrap textarea").first.fill("晚安")
-    tab.get_by_label("发送").click()
-    wait_for_words(tab, "改后的回话。")
-    assert engine.asked[1][0][-1]["content"] == "晚安"
+    wait_for_words(tab, "臣妾甄嬛。")
+    wait_until_she_ended(tab)
+    keys = tab.eval_on_selector_all(".actions.hers button", "all => all.map((each) => each.dataset.action)")
+    assert keys == ["again", "edit", "copy", "pin", "more"], "she had ended: there is nothing to continue"
 
 
 def test_a_failure_is_a_line_and_the_box_stays_open(visit):
@@ -283,208 +252,93 @@ LOWEST = {1280: 24, 390: 40}  # px of a control: for a mouse, for a finger
 @pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
 def test_the_page_fits_its_window(visit, locale):
     tab = visit(FakeEngine(LONG), locale=locale)
-    wide, high = tab.viewport_size.values()
-    box = tab.locator("textarea:visible").bounding_box()
-    assert box["y"] + box["height"] <= high, "the text box is off the screen"
-    assert tab.evaluate(FIT, LOWEST[wide]) == []
+    least = LOWEST[tab.viewport_size["width"]]
+    for width, height in ((None, None), (320, 568), (844, 390)):
+        if width:
+            tab.set_viewport_size({"width": width, "height": height})
+            tab.wait_for_timeout(200)
+        high = tab.viewport_size["height"]
+        box, talk = (tab.locator(part).bounding_box() for part in (BOX, "#talk"))
+        assert box["y"] + box["height"] <= high, "the text box is off the screen"
+        assert talk["y"] <= 60 and talk["height"] >= 0.62 * high, "the talk has the window"
+        assert tab.evaluate(FIT, least) == []
+        shoot(tab, f"fit-{locale}-{high}")
+    tab.set_viewport_size({"width": 390, "height": 844} if least == 40 else {"width": 1280, "height": 900})
     say(tab, "讲讲昨夜")
     wait_for_words(tab, LONG[-12:])
-    tab.click("#revise")
-    for drawer in tab.locator("button.label-wrap").all():
-        drawer.click()
-    tab.wait_for_timeout(600)
-    assert tab.evaluate(FIT, LOWEST[wide]) == []
-    tab.get_by_role("tab").last.click()
-    tab.wait_for_timeout(600)
-    assert tab.evaluate(FIT, LOWEST[wide]) == []
-
-
-def pick(tab, number, text):
-    """Choose an entry of the scene's (0) or the visitor's (1) list."""
-    tab.locator("#stage input").nth(number).click()
-    tab.get_by_role("option", name=text).click()
-
-
-def wait_until(true, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_she_ended(tab)
+    act(tab, "edit")
+    assert tab.evaluate(FIT, least) == []
+    for opener in ("#place", "#open-talks", "#open-menu"):
+        tab.click(opener)
+        assert tab.evaluate(FIT, least) == []
+        tab.keyboard.press("Escape")
+    for part in ("compare", "voice"):
+        menu(tab, part)
+        tab.wait_for_timeout(300)
+        shoot(tab, f"{part}-{locale}")
+        assert tab.evaluate(FIT, least) == []
 
 
 def test_a_scene_has_its_own_opening_and_is_told_to_her_with_who_is_there(visit):
     engine = FakeEngine("山里的月色，比宫里的清。")
     tab = visit(engine)
-    pick(tab, 0, "甘露寺")
+    enter(tab, "甘露寺", "果郡王")
     wait_for_words(tab, persona.scene_named("甘露寺").greeting[:8])
-    assert "莫愁" in tab.inner_text("#setting")
-    pick(tab, 1, "果郡王")
+    assert "莫愁" in tab.inner_text("#rank")
     say(tab, "近来可好？")
     wait_for_words(tab, "比宫里的清。")
     assert engine.asked[0][0] == [{"role": "user", "content": "（甘露寺·果郡王）近来可好？"}]
     assert words(tab, "user") == ["近来可好？"]
     shoot(tab, "scene")
-    tab.get_by_label("清空对话").click()
-    tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
-    wait_for_words(tab, persona.scene_named("甘露寺").greeting[:8])
-
-
-def test_each_scene_keeps_its_own_conversation(visit):
-    tab = visit(FakeEngine("此间的话。", "彼处的话。"))
-    say(tab, "早")
-    wait_for_words(tab, "此间的话。")
-    pick(tab, 0, "太后")
-    wait_for_words(tab, persona.scene_named("太后").greeting[:8])
-    say(tab, "晚")
-    wait_for_words(tab, "彼处的话。")
-    pick(tab, 0, "永寿宫")
-    wait_for_words(tab, "此间的话。")
-    assert words(tab, "user") == ["早"]
-
-
-def test_retry_keeps_the_earlier_reply_to_leaf_back_to(visit):
-    engine = FakeEngine("头一回。", "第二回。", "第三句。")
-    tab = visit(engine)
-    say(tab, "再说一遍")
-    wait_for_words(tab, "头一回。")
-    tab.get_by_label("重试").click()
-    wait_for_words(tab, "第二回。")
-    tab.wait_for_function("document.querySelector('#counter').innerText.trim() == '2 / 2'")
-    tab.get_by_role("button", name="上一种").click()
-    wait_for_words(tab, "头一回。")
-    assert words(tab)[-1] == "头一回。"
-    say(tab, "好")
-    wait_for_words(tab, "第三句。")
-    assert [m["content"] for m in engine.asked[2][0]] == ["再说一遍", "头一回。", "好"]
-
-
-def test_her_reply_can_be_rewritten_and_she_goes_on_from_it(visit):
-    engine = FakeEngine("本宫不喜杏花。", "最喜欢的。")
-    tab = visit(engine)
-    say(tab, "你喜欢什么花？")
-    wait_for_words(tab, "本宫不喜杏花。")
-    tab.click("#revise")
-    tab.fill("#revised textarea", "本宫喜欢杏花，")
-    tab.get_by_role("button", name="改好了").click()
-    wait_for_words(tab, "本宫喜欢杏花，")
-    tab.click("#go_on")
-    wait_for_words(tab, "本宫喜欢杏花，最喜欢的。")
-    assert engine.asked[1][0][-1] == {"role": "assistant", "content": "本宫喜欢杏花，"}
-    assert words(tab)[-1] == "本宫喜欢杏花，最喜欢的。" and len(words(tab, "user")) == 1
 
 
 def test_a_line_can_be_suggested_and_sent(visit):
     engine = FakeEngine("娘娘今日气色真好。", "你倒会说话。")
     tab = visit(engine)
     tab.click("#suggest")
-    tab.wait_for_function("document.querySelector('textarea').value == '娘娘今日气色真好。'")
+    wait_until(lambda: tab.input_value(BOX) == "娘娘今日气色真好。")
     assert engine.asked[0][:2] == ([{"role": "user", "content": ""}], "base")
     wait_until(lambda: tab.is_visible("button.submit-button"))
-    tab.press("textarea:visible", "Enter")
+    tab.press(BOX, "Enter")
     wait_for_words(tab, "你倒会说话。")
     assert words(tab, "user") == ["娘娘今日气色真好。"]
 
 
 def test_two_replies_side_by_side_are_blind_until_the_vote(visit):
     tab = visit(FakeEngine("左边的话。", "右边的话。"))
-    tab.get_by_role("tab", name="并排").click()
+    menu(tab, "compare")
     tab.fill("#asked textarea", "你是谁？")
     tab.click("#ask")
     tab.wait_for_function("document.querySelector('#right').innerText.includes('右边的话。')")
-    tab.wait_for_selector("#vote-left:not([disabled])")
+    tab.wait_for_selector("#vote-left")
     shoot(tab, "compare")
     assert "scripted" not in tab.inner_text("#left") + tab.inner_text("#right") + tab.inner_text("#verdict")
     tab.click("#vote-left")
     tab.wait_for_function("document.querySelector('#verdict').innerText.includes('scripted')")
     verdict = tab.inner_text("#verdict")
     left = re.search(r"Left: (\w+)", verdict).group(1)
-    assert ("adapter 1" in verdict) == (left == "scripted") and tab.is_disabled("#vote-left")
+    assert ("适配器 1 票" in verdict) == (left == "scripted") and not tab.is_visible("#vote-left")
 
 
-def test_a_conversation_outlives_reload_and_server_restart(visit):
-    def serve(engine, port=None):
-        page = app.build_page(engine)
-        _, url, _ = page.launch(server_port=port, prevent_thread_lock=True, quiet=True, **app.LAUNCH)
-        return page, url
-
-    page, url = serve(FakeEngine("我记着呢。"))
-    tab = visit(None, url=url)
-    say(tab, "我叫小林")
-    wait_for_words(tab, "我记着呢。")
-    tab.wait_for_timeout(300)
-    tab.reload()
-    wait_for_words(tab, "我记着呢。")
-    page.close()
-    engine = FakeEngine("你叫小林。")
-    page, _ = serve(engine, int(url.rstrip("/").rsplit(":", 1)[1]))
-    tab.reload()
-    wait_for_words(tab, "我记着呢。")
-    say(tab, "我叫什么？")
-    wait_for_words(tab, "你叫小林。")
-    assert [m["content"] for m in engine.asked[0][0]] == ["我叫小林", "我记着呢。", "我叫什么？"]
-    page.close()
-
-
-def test_exports_are_whole_and_come_back(visit, tmp_path):
-    tab = visit(FakeEngine("臣妾记下了。"))
-    say(tab, "我叫小林")
-    wait_for_words(tab, "臣妾记下了。")
-    tab.locator("#drawer button").first.click()
-    files = {}
-    for form in ("Markdown", "JSON", "ShareGPT"):
-        with tab.expect_download() as download:
-            tab.get_by_role("button", name=f"存为 {form}").click()
-        files[form] = tmp_path / form
-        download.value.save_as(files[form])
-    assert "**甄嬛**：臣妾记下了。" in files["Markdown"].read_text(encoding="utf-8")
-    from training.data import load
-
-    named = files["ShareGPT"].rename(tmp_path / "said.json")
-    (example,) = load([str(named)])
-    assert (example.question, example.answer) == ("我叫小林", "臣妾记下了。")
-    tab.get_by_role("button", name="全部抹去").click()
-    tab.wait_for_function("document.querySelectorAll('[data-testid=user]').length == 0")
-    tab.reload()
-    wait_for_words(tab, persona.GREETING[:8])
-    assert (
-        not words(tab, "user")
-        and tab.evaluate("Object.keys(localStorage).filter(k => k.startsWith('zhenhuan/')).length") == 0
-    )
-    tab.locator("#drawer button").first.click()
-    with tab.expect_file_chooser() as chooser:
-        tab.click("#import")
-    chooser.value.set_files(files["JSON"])
-    wait_for_words(tab, "臣妾记下了。")
-    assert words(tab, "user") == ["我叫小林"]
-
-
-def test_a_file_that_is_no_transcript_gets_a_sentence(visit, tmp_path):
-    tab = visit(FakeEngine("好"))
-    (tmp_path / "odd.json").write_text("[1, 2]")
-    tab.locator("#drawer button").first.click()
-    with tab.expect_file_chooser() as chooser:
-        tab.click("#import")
-    chooser.value.set_files(tmp_path / "odd.json")
-    tab.wait_for_function("document.querySelector('#status').innerText.includes('读不懂')")
-    assert persona.GREETING in words(tab)[0]
-
-
-def test_the_note_below_a_reply_tells_how_to_have_it_again(visit):
+def test_provenance_tells_how_to_have_a_reply_again(visit):
     engine = FakeEngine("臣妾甄嬛。")
-    tab = visit(engine)
-    pick(tab, 0, "甘露寺")
-    wait_for_words(tab, persona.scene_named("甘露寺").greeting[:8])
+    tab = visit(engine, permissions=["clipboard-read", "clipboard-write"])
+    enter(tab, "甘露寺")
     say(tab, "你是谁？")
     wait_for_words(tab, "臣妾甄嬛。")
-    tab.get_by_text(PROVENANCE).click()
-    facts = tab.get_by_test_id("bot").last.inner_text()
+    wait_until_she_ended(tab)
+    act(tab, "provenance")
+    facts = tab.inner_text("#talk .facts")
     seed = engine.asked[0][2].seed
-    assert f"种子 Seed: {seed}" in facts and "sha256 0123abcd" in facts and "自己说完" in facts
+    assert f"{seed}" in facts and "sha256 0123abcd" in facts and "自己说完" in facts
     shoot(tab, "provenance")
-    address = tab.get_by_text("同样的一问").get_attribute("href")
-    again = visit(engine, url=tab.url.split("?")[0].rstrip("/"), path=f"/{address}")
-    wait_until(lambda: again.input_value("textarea:visible") == "你是谁？")
-    again.press("textarea:visible", "Enter")
+    act(tab, "same_again")
+    tab.locator("#notice", has_text="已抄下").wait_for()
+    address = tab.evaluate("navigator.clipboard.readText()")
+    again = visit(url=address)
+    wait_until(lambda: again.input_value(BOX) == "你是谁？")
+    again.press(BOX, "Enter")
     wait_for_words(again, "臣妾甄嬛。")
     assert engine.asked[1] == engine.asked[0]
 
@@ -492,14 +346,15 @@ def test_the_note_below_a_reply_tells_how_to_have_it_again(visit):
 def test_those_who_wait_are_told_their_place(visit):
     engine = FakeEngine("慢慢说来，不必着急，喝口茶。", pause=0.2)
     first = visit(engine)
-    second = visit(engine, url=first.url)
+    second = visit(url=first.url)
     say(first, "早")
     wait_until(lambda: engine.running)
     say(second, "早")
-    wait_for_words(second, "前面还有 1 位")
+    second.locator("[data-testid=bot] .hint", has_text="前面还有 1 位").wait_for()
     shoot(second, "waiting")
     wait_for_words(second, "喝口茶。")
-    assert engine.peak == 1 and "前面还有" not in words(second)[-1]
+    wait_until_she_ended(second)
+    assert engine.peak == 1 and second.locator("#talk .hint").count() == 0
 
 
 @once
@@ -515,7 +370,7 @@ def test_a_closed_tab_frees_the_engine_within_a_second(visit):
 def test_stop_beside_two_replies_frees_the_engine_within_a_second(visit):
     engine = FakeEngine(LONG, pause=0.05)
     tab = visit(engine)
-    tab.get_by_role("tab", name="并排").click()
+    menu(tab, "compare")
     tab.fill("#asked textarea", "你是谁？")
     tab.click("#ask")
     tab.locator("#left, #right").filter(has_text="昨夜落了一场雨").wait_for()
@@ -529,56 +384,76 @@ def test_a_question_asked_while_the_model_is_loaded_is_answered_then(visit):
     tab = visit(engine)
     say(tab, "你是谁？")
     wait_for_words(tab, persona.DRESSING)
-    assert "模型正在装载" in words(tab)[-1] and not engine.asked
+    assert "模型正在装载" in tab.inner_text("#talk .hint") and not engine.asked
     shoot(tab, "loading")
     engine.ready = True
     wait_for_words(tab, "让你久等了。")
     assert words(tab)[-1] == "让你久等了。" and len(words(tab)) == 2
-    assert tab.is_enabled("textarea:visible")
+    assert tab.is_enabled(BOX)
 
 
 LATIN = re.compile(r"[A-Za-z]{3,}")
-NAMES = {"Chat", "Markdown", "JSON", "ShareGPT", "top", "token"}
-LABELS = """[...document.querySelectorAll('body *:not(svg)')].flatMap(e => [
+HAN = re.compile(r"[\u4e00-\u9fff]")
+NAMES = {"Chat", "Markdown", "JSON", "ShareGPT", "top", "token", "scripted", "base", "only"}
+SEEN = """[...document.querySelectorAll('body *:not(svg, style, script)')].flatMap(e => [
   ...['aria-label', 'title', 'placeholder', 'alt'].map(name => e.getAttribute(name)),
-  ...(e.matches('button, label span, [role=tab], #setting p') ? [e.innerText] : [])]).filter(Boolean)"""
+  ...(e.children.length === 0 && e.checkVisibility() ? [e.textContent] : [])]).filter((text) => text?.trim())"""
 
 
 @pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
 def test_the_page_speaks_the_visitors_language(visit, locale):
     tab = visit(FakeEngine("臣妾甄嬛。"), locale=locale)
+    seen = tab.evaluate(SEEN)
     say(tab, "早")
     wait_for_words(tab, "臣妾甄嬛。")
-    for drawer in tab.locator("button.label-wrap").all():
-        drawer.click()
-    shoot(tab, f"language-{locale}")
-    labels = [label.strip() for label in tab.evaluate(LABELS) if PROVENANCE not in label and "Seed" not in label]
-    assert not [label for label in labels if "__i18n__" in label or "chat_interface" in label]
-    assert tab.is_visible("#masthead p.english" if locale == "en-US" else "#masthead p:not(.english)")
+    wait_until_she_ended(tab)
+    for opener in ("#place", "#open-talks", "#open-menu"):
+        tab.click(opener)
+        seen += tab.evaluate(SEEN)
+        shoot(tab, f"{opener[1:]}-{locale}")
+        tab.keyboard.press("Escape")
+    for part in ("compare", "voice"):
+        menu(tab, part)
+        tab.wait_for_timeout(300)
+        seen += tab.evaluate(SEEN)
+    assert not [text for text in seen if "__i18n__" in text]
     if locale == "zh-CN":
-        assert not [label for label in labels if set(LATIN.findall(label)) - NAMES]
+        assert not {text for text in seen if set(LATIN.findall(text)) - NAMES - {"scripted"}}
     else:
-        wanted = {"Send", "Continue", "Suggest my line", "Edit her reply", "Who you are to her", "Side by side"}
-        assert wanted <= set(labels) and "甄嬛, Noble Consort Xi, 26 years old" in labels
+        names = ("甄嬛", "早", "臣妾甄嬛。", "只用底座", *(n for s in persona.SCENES for n in (s.name, *s.visitors)))
+        rest = {re.sub("|".join(names), "", text) for text in seen}
+        assert not {text for text in rest if HAN.search(text)}
+        assert {"Send", "Side by side", i18n.ENGLISH["永寿宫"][0], "Who are you?"} <= {text.strip() for text in seen}
+        assert "Noble Consort Xi" in tab.inner_text("#rank")
+
+
+@once
+def test_while_she_answers_the_page_says_so_in_words_of_hers(visit):
+    engine = FakeEngine("好。", pause=1.5)
+    tab = visit(engine)
+    say(tab, "早")
+    wait_for_words(tab, "她正提笔……")
+    assert not re.search(r"processing|queue|\d\.\ds", tab.inner_text("body"))
+    wait_for_words(tab, "好。")
 
 
 @once
 def test_nothing_leaves_the_pages_own_origin_not_even_a_picture_in_a_reply(visit, browser):
     engine = FakeEngine("![](http://192.0.2.1/spy.png) 看这幅画 <img src='http://192.0.2.1/a.png'>")
-    tab = visit(engine, url=None)
+    tab = visit(engine)
     asked, refused = [], []
     tab.on("request", lambda request: asked.append(request.url))
     tab.on("console", lambda message: refused.append(message.text) if "Content Security" in message.text else None)
     tab.reload()
-    tab.wait_for_selector("[data-testid=bot]")
+    tab.wait_for_selector("body[data-ready]")
     assert not refused, "the page itself meets its policy"
     say(tab, "画一幅给我")
     wait_for_words(tab, "看这幅画")
     tab.wait_for_timeout(500)
     outside = [url for url in asked if not url.startswith((tab.url.rstrip("/"), "data:", "blob:"))]
-    assert len(asked) > 20 and not [url for url in outside if "192.0.2.1" not in url]
+    assert len(asked) > 20 and not outside and not refused
     assert not [url for url in asked if "font" in url]
-    assert len(refused) >= len(outside), "what her words asked for is refused before it leaves"
+    assert "<img" in words(tab)[-1], "her words are shown as they are"
 
 
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")
@@ -589,19 +464,46 @@ def test_every_text_has_the_contrast_of_aa(visit, scheme):
     tab = visit(FakeEngine("臣妾甄嬛。"), color_scheme=scheme)
     say(tab, "早")
     wait_for_words(tab, "臣妾甄嬛。")
-    for drawer in tab.locator("button.label-wrap").all():
-        drawer.click()
-    tab.wait_for_timeout(600)
+    wait_until_she_ended(tab)
+    act(tab, "provenance")
     shoot(tab, scheme)
     assert tab.evaluate(CONTRAST) == []
-    tab.get_by_role("tab", name="并排").click()
-    tab.wait_for_timeout(600)
-    assert tab.evaluate(CONTRAST) == []
+    for opener in ("#place", "#open-talks", "#open-menu"):
+        tab.click(opener)
+        assert tab.evaluate(CONTRAST) == []
+        tab.keyboard.press("Escape")
+    for part in ("compare", "voice"):
+        menu(tab, part)
+        tab.wait_for_timeout(400)
+        shoot(tab, f"{part}-{scheme}")
+        assert tab.evaluate(CONTRAST) == []
+
+
+RED = """() => [...document.querySelectorAll('body *')].filter((e) => e.checkVisibility()).flatMap((e) => {
+  const style = getComputedStyle(e)
+  return [style.color, style.backgroundColor, style.borderTopColor]
+}).map((text) => text.match(/[\\d.]+/g).map(Number))
+  .filter(([r, g, b, a = 1]) => a && r > 100 && r > 2 * g && r > 2 * b)
+  .map((parts) => parts.slice(0, 3).join())"""
+
+
+@once
+def test_there_is_one_red(visit):
+    tab = visit(FakeEngine("臣妾甄嬛。"))
+    say(tab, "早")
+    wait_for_words(tab, "臣妾甄嬛。")
+    wait_until_she_ended(tab)
+    reds = set(tab.evaluate(RED))
+    for part in ("compare", "voice"):
+        menu(tab, part)
+        tab.wait_for_timeout(300)
+        reds |= set(tab.evaluate(RED))
+    assert reds == {"140,28,43"}
 
 
 def test_an_input_method_can_confirm_a_candidate_without_sending(visit):
     tab = visit(FakeEngine("好"))
-    tab.click("textarea:visible")
+    tab.click(BOX)
     keys = tab.context.new_cdp_session(tab)
     keys.send("Input.imeSetComposition", {"text": "ni", "selectionStart": 2, "selectionEnd": 2})
     keys.send(
@@ -610,8 +512,8 @@ def test_an_input_method_can_confirm_a_candidate_without_sending(visit):
     )
     keys.send("Input.insertText", {"text": "你"})
     tab.wait_for_timeout(300)
-    assert tab.input_value("textarea:visible") == "你" and not words(tab, "user")
-    tab.press("textarea:visible", "Enter")
+    assert tab.input_value(BOX) == "你" and not words(tab, "user")
+    tab.press(BOX, "Enter")
     wait_for_words(tab, "好")
 
 
@@ -619,7 +521,7 @@ def test_the_keyboard_alone_is_enough_and_replies_are_announced(visit):
     tab = visit(FakeEngine("臣妾甄嬛。"))
     for _ in range(40):
         tab.keyboard.press("Tab")
-        if tab.evaluate("document.activeElement.tagName == 'TEXTAREA'"):
+        if tab.evaluate(f"document.activeElement == document.querySelector('{BOX}')"):
             break
     tab.keyboard.type("早")
     tab.keyboard.press("Enter")
@@ -635,3 +537,118 @@ def test_the_page_can_be_put_on_a_home_screen(visit):
     assert manifest["name"] == "Chat-甄嬛" and manifest["display"] == "standalone"
     icon = tab.evaluate(f"fetch('{manifest['icons'][0]['src']}').then(a => a.text())")
     assert icon.startswith("<svg")
+
+
+def test_lists_close_when_they_are_left_by_tab_and_focus_comes_back_on_escape(visit):
+    tab = visit(FakeEngine("臣妾甄嬛。"))
+    say(tab, "早")
+    wait_for_words(tab, "臣妾甄嬛。")
+    wait_until_she_ended(tab)
+    more = tab.locator(".actions.hers [data-action=more]")
+    more.click()
+    assert more.get_attribute("aria-expanded") == "true" and tab.locator(".dropdown").count() == 1
+    for _ in range(8):
+        tab.keyboard.press("Tab")
+    assert tab.locator(".dropdown").count() == 0 and more.get_attribute("aria-expanded") == "false"
+    more.click()
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("Escape")
+    assert tab.locator(".dropdown").count() == 0
+    assert tab.evaluate("document.activeElement.dataset.action") == "more"
+    tab.click("#place")
+    tab.keyboard.press("Escape")
+    assert not tab.is_visible("#scenes") and tab.evaluate("document.activeElement.id") == "place"
+
+
+FOCUS = """() => { const style = getComputedStyle(document.activeElement)
+  return [document.activeElement.id || document.activeElement.dataset.action || document.activeElement.tagName,
+    parseFloat(style.outlineWidth) > 0 && style.outlineStyle !== 'none' ||
+    Boolean(document.activeElement.closest('#composer'))] }"""
+
+
+@once
+def test_focus_can_be_seen_wherever_it_is(visit):
+    tab = visit(FakeEngine("臣妾甄嬛。"))
+    say(tab, "早")
+    wait_for_words(tab, "臣妾甄嬛。")
+    wait_until_she_ended(tab)
+    tab.evaluate("document.activeElement.blur()")
+    seen = []
+    for _ in range(14):
+        tab.keyboard.press("Tab")
+        seen.append(tuple(tab.evaluate(FOCUS)))
+    assert {"place", "open-talks", "open-menu", "talk", "again", "more"} <= {name for name, _ in seen}
+    assert all(visible for name, visible in seen if name != "BODY")
+
+
+@once
+def test_print_gives_the_whole_talk_and_nothing_else(visit):
+    tab = visit(FakeEngine(LONG))
+    for question in ("一", "二", "三", "四", "五", "六"):
+        say(tab, question)
+        tab.locator("[data-testid=user]").get_by_text(question, exact=True).wait_for()
+        wait_until_she_ended(tab)
+    tab.emulate_media(media="print")
+    talk = tab.evaluate(
+        "(() => { const t = document.querySelector('#talk'); return [t.scrollHeight, t.clientHeight] })()"
+    )
+    assert talk[0] <= talk[1] + 1, "nothing is scrolled away"
+    assert tab.evaluate("document.body.scrollHeight") >= talk[1] > 900
+    assert (
+        not tab.is_visible(BOX)
+        and not tab.is_visible("#open-menu")
+        and tab.locator(".actions button:visible").count() == 0
+    )
+    assert tab.is_visible("#bar h1") and tab.locator("#talk time:visible").count() == 12
+
+
+@once
+def test_text_that_runs_from_right_to_left_sits_right(visit):
+    tab = visit(FakeEngine("مرحبا بك في القصر"))
+    say(tab, "שלום, גברתי")
+    wait_for_words(tab, "مرحبا")
+    sides = tab.eval_on_selector_all(
+        "[data-turn] .words", "all => all.map(getComputedStyle).map((style) => [style.direction, style.textAlign])"
+    )
+    assert sides == [["rtl", "start"]] * 2
+
+
+@once
+def test_chinese_is_set_with_room_between_its_lines_and_no_script_of_code_in_them(visit):
+    tab = visit(FakeEngine("臣妾甄嬛。"))
+    say(tab, "早")
+    wait_for_words(tab, "臣妾甄嬛。")
+    size, height, family = tab.eval_on_selector(
+        ".words", "e => { const s = getComputedStyle(e); return [s.fontSize, s.lineHeight, s.fontFamily] }"
+    )
+    assert 1.7 <= float(height[:-2]) / float(size[:-2]) <= 1.8 and "Serif" in family and "mono" not in family
+
+
+AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
+
+
+FAULTS = """axe.run().then(({violations}) =>
+  violations.flatMap((each) => each.nodes.map((node) => `${each.id} ${node.html.slice(0, 120)}`)))"""
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="npm install --no-save axe-core")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_that_shuts_anybody_out(visit, scheme):
+    tab = visit(FakeEngine("臣妾甄嬛。"), color_scheme=scheme)
+    say(tab, "早")
+    wait_for_words(tab, "臣妾甄嬛。")
+    wait_until_she_ended(tab)
+    tab.evaluate(AXE.read_text(encoding="utf-8"))
+
+    def faults():
+        return tab.evaluate(FAULTS)
+
+    assert faults() == []
+    for opener in ("#place", "#open-talks", "#open-menu"):
+        tab.click(opener)
+        assert faults() == []
+        tab.keyboard.press("Escape")
+    for part in ("compare", "voice"):
+        menu(tab, part)
+        tab.wait_for_timeout(300)
+        assert faults() == []
