@@ -4,7 +4,7 @@ import { dropdown, find, h, sign } from "./dom.js"
 import { say } from "./notice.js"
 import { again, ask, busy, goOn } from "./replies.js"
 import { branch, show } from "./state.js"
-import { change, newReply, shownReply, talk as stored } from "./store.js"
+import { change, newReply, talk as stored } from "./store.js"
 
 const actions = []
 export const unfolded = new Set() // replies whose provenance is shown

@@ -35,7 +35,7 @@ function replyParts(talk, turn, last) {
   const now = growing(reply) ?? reply
   const text = now.text || (reply.state === "growing" ? t("writing") : "")
   const broken = reply.state === "broken" && !reply.hint ? t(reply.text ? "broken" : "open") : ""
-  const parts = [bubble("hers", text, { hint: now.hint || broken, properties: { "data-reply": reply.id, class: `bubble hers${now.text ? "" : " silent"}${reply.state === "broken" ? " broken" : ""}` } })]
+  const parts = [bubble("hers", text, { hint: now.hint || broken, properties: { "data-reply": reply.id, "aria-busy": reply.state === "growing" ? "true" : undefined, class: `bubble hers${now.text ? "" : " silent"}${reply.state === "broken" ? " broken" : ""}` } })]
   if (unfolded.has(reply.id) && reply.facts) parts.push(provenance(reply.facts))
   if (reply.state !== "growing") parts.push(actionsOf("hers", talk, turn, reply, last))
   return parts
@@ -46,7 +46,7 @@ const waitingLine = (text) => h("p", { class: "hint" }, text)
 function provenance(facts) {
   const rows = [
     ["facts_adapter", facts.adapter + (facts.digest ? ` (sha256 ${facts.digest}…)` : "")], ["facts_base", facts.base], ["facts_seed", facts.seed],
-    ["provenance", t("facts_speed", facts.tokens, facts.first_token, facts.speed)], ["facts_stop", t(`stop_${facts.finish_reason}`)],
+    ["facts_took", t("facts_speed", facts.tokens, facts.first_token, facts.speed)], ["facts_stop", t(`stop_${facts.finish_reason}`)],
   ]
   return h("dl", { class: "facts" }, ...rows.flatMap(([key, value]) => [h("dt", {}, t(key)), h("dd", {}, `${value}`)]))
 }
@@ -90,7 +90,7 @@ export function draw() {
   drawn = head
 }
 
-export const toEnd = () => { view.scrollTop = find("#talk").querySelector("[data-turn]") ? view.scrollHeight : 0 }
+const toEnd = () => { view.scrollTop = find("#talk").querySelector("[data-turn]") ? view.scrollHeight : 0 }
 
 document.addEventListener("zhenhuan:changed", ({ detail }) => { if (detail.id === shown().id) draw() })
 document.addEventListener("zhenhuan:shown", () => { drawn = null; draw() })

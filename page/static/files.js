@@ -60,7 +60,7 @@ export function read(text) {
 function readTurn({ question, asked, replies, at }) {
   const words = (text) => { if (typeof text !== "string") throw new TypeError("text"); return text.slice(0, 2 * LIMITS.characters) }
   const time = (value) => (Number.isFinite(value) ? value : Date.now())
-  const read = replies.slice(0, 9).map((reply) => newReply({ text: words(reply.text), time: time(reply.time), state: "done", pinned: reply.pinned ? time(reply.pinned) : undefined, facts: facts(reply.facts) }))
+  const read = replies.map((reply) => newReply({ text: words(reply.text), time: time(reply.time), state: "done", pinned: reply.pinned ? time(reply.pinned) : undefined, facts: facts(reply.facts) }))
   return { ...newTurn(words(question)), asked: time(asked), replies: read, at: read[at] ? at : Math.max(0, read.length - 1) }
 }
 

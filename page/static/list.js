@@ -1,9 +1,8 @@
 // The lists: talks with search, rename and delete, deleted ones, and pinned moments.
 import { lang, sceneName, t, visitorName, PASSER_BY } from "./data.js"
 import { dropdown, find, h, sign } from "./dom.js"
-import { say } from "./notice.js"
 import { show, shown, startNew } from "./state.js"
-import { change, shownReply, talks, titleOf } from "./store.js"
+import { change, erase, talks, titleOf } from "./store.js"
 
 const dialog = find("#talks")
 const date = new Intl.DateTimeFormat(lang, { month: "short", day: "numeric", hour: "numeric", minute: "2-digit" })
@@ -60,7 +59,7 @@ async function restore(talk) {
 }
 
 const deletedRow = (talk) => h("li", {}, h("span", { class: "entry" }, h("span", { class: "title", dir: "auto" }, titleOf(talk)), h("span", { class: "where" }, where(talk))),
-  h("button", { onclick: () => restore(talk) }, t("restore")))
+  h("button", { onclick: () => restore(talk) }, t("restore")), h("button", { onclick: () => erase([talk.id]) }, t("erase")))
 
 function moments() {
   const found = talks().flatMap((talk) => talk.turns.flatMap((turn) => turn.replies.filter((reply) => reply.pinned).map((reply) => ({ talk, turn, reply }))))

@@ -1,7 +1,7 @@
 // The page in the browser: what is in view, and the modules that draw it.
 import "./bubbles.js"
 import "./scenes.js"
-import { PASSER_BY, SCENES, LIMITS, lang, scene, t } from "./data.js"
+import { PASSER_BY, SCENES, LIMITS, scene, t } from "./data.js"
 import { find, sign } from "./dom.js"
 import { mounted } from "./gradio.js"
 import { say } from "./notice.js"
@@ -14,7 +14,8 @@ import "./menu.js"
 import "./votes.js"
 
 for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t)
-for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", t(element.dataset.label))
+for (const element of document.querySelectorAll("[data-label]"))
+  for (const name of element.matches("input") ? ["aria-label", "placeholder"] : ["aria-label"]) element.setAttribute(name, t(element.dataset.label))
 for (const element of document.querySelectorAll("[data-sign]")) element.prepend(sign(element.dataset.sign))
 for (const dialog of document.querySelectorAll("dialog"))
   dialog.addEventListener("click", (event) => { if (event.target === dialog || event.target.closest("[data-close]")) dialog.close() })

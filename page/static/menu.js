@@ -20,14 +20,14 @@ export function addMenuItem({ key, label = key, run, checked }) {
 // One part of the page is in view: the talk, side by side, or the settings.
 export function view(part) {
   document.body.dataset.view = part
-  find("#back").hidden = part === "talk"
+  find("#part").hidden = part === "talk"
   find("#back span").textContent = part === "talk" ? "" : t(part)
 }
 find("#back").addEventListener("click", () => view("talk"))
 
 async function forget() {
   const back = await erase([...talks(), ...talks({ deleted: true })].map(({ id }) => id))
-  startNew({ draft: "" })
+  startNew({}, { leave: false })
   say(t("forgotten"), { label: t("undo"), run: back }, 20)
 }
 

@@ -69,7 +69,7 @@ export async function ask(where, question) {
     each.turns.push(turn)
     if (each.draft === question) each.draft = ""
   })
-  if (shown().id !== now.id) show(now)
+  if (now.turns.length === 1 || shown().id !== now.id) show(now)
   if (box()?.value === question) write("")
   start({ talk: now.id, turn: turn.id, reply: reply.id, mode: "ask" })
 }
@@ -81,8 +81,8 @@ export async function again(where, turn) {
   if (at < where.turns.length - 1) where = branch(where, at + 1)
   running = { talk: where.id }
   const now = await change(where, (each) => {
-    const here = each.turns.at(-1)
-    here.replies = [...here.replies.filter((one) => one.text || one.state === "growing" && one.tab !== TAB), reply].slice(-9)
+    const here = each.turns.find((one) => one.id === turn.id)
+    here.replies = [...here.replies.filter((one) => one.text || alive(one)), reply]
     here.at = here.replies.length - 1
   })
   if (shown().id !== now.id) show(now)
@@ -94,7 +94,10 @@ export async function goOn(where, turn) {
   if (busy()) return say(t("busy"))
   const reply = shownReply(turn)
   running = { talk: where.id }
-  await change(where.id, (each) => Object.assign(shownReply(each.turns.at(-1)), { state: "growing", tab: TAB, hint: "" }))
+  await change(where, (each) => {
+    const found = each.turns.find((one) => one.id === turn.id).replies.find((one) => one.id === reply.id)
+    Object.assign(found, { state: "growing", tab: TAB, beat: Date.now(), hint: "" })
+  })
   start({ talk: where.id, turn: turn.id, reply: reply.id, mode: "continue", text: reply.text, opening: reply.text })
 }
 
@@ -235,6 +238,7 @@ document.addEventListener("click", (event) => { if (event.target.closest?.("#com
 // What the visitor typed and sent. Without a line the words come back into the box.
 port.submitted = (text) => {
   const question = (text ?? "").trim()
+  if (busy()) say(t("busy"))
   if (!question || busy()) return [text]
   ask(shown(), question)
   return [""]
@@ -250,6 +254,7 @@ document.addEventListener("zhenhuan:shown", ({ detail }) => mounted.then(() => {
 
 // After a reload in mid-reply: what nobody writes any more has ended, and the question in view is asked again.
 export async function recover() {
+  if (talks().some((each) => each.turns.length && alive(shownReply(each.turns.at(-1))))) setTimeout(recover, SILENT)
   for (const each of talks()) {
     const turn = each.turns.at(-1), reply = turn && shownReply(turn)
     if (reply?.state !== "growing" || alive(reply)) continue

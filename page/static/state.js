@@ -7,17 +7,19 @@ let current = create()
 export const shown = () => talk(current.id) ?? current
 export const stored = (each = shown()) => Boolean(talk(each.id))
 
-export function show(next) {
+// A new talk that is left with a draft in it is kept, unless everything is being deleted.
+export function show(next, { leave = true } = {}) {
+  if (leave && next.id !== current.id && !stored() && !current.turns.length && current.draft) change(current)
   current = next
   remember("last", stored(next) ? next.id : null)
-  if (!stored(next)) remember("new", next)
+  remember("new", stored(next) ? null : next)
   document.dispatchEvent(new CustomEvent("zhenhuan:shown", { detail: { talk: shown() } }))
 }
 
 // A new talk in the scene and with the settings of the one in view, or others.
-export function startNew(fields = {}) {
+export function startNew(fields = {}, options) {
   const { scene, visitor, persona, settings } = shown()
-  show(create({ scene, visitor, persona, settings, ...fields }))
+  show(create({ scene, visitor, persona, settings, ...fields }), options)
 }
 
 // Change the talk in view, stored or not. Words of his draft do not make a talk newer.
@@ -41,6 +43,6 @@ export async function arrive() {
   await opened
   const last = talk(recall("last")), left = recall("new")
   if (last && !last.deleted) return show(last)
-  if (left?.turns?.length === 0 && scene(left.scene)?.visitors.includes(left.visitor)) return show({ ...create(), ...left })
+  if (left?.turns?.length === 0 && scene(left.scene)?.visitors.includes(left.visitor)) return show(create(left))
   show(talks()[0] ?? create())
 }

@@ -7,7 +7,7 @@ const kept = new Map() // id → talk, as it is stored
 const channel = new BroadcastChannel("zhenhuan")
 let database = null // or none, where the browser refuses: the talks last until the page is closed
 
-export const newId = () => [...crypto.getRandomValues(new Uint8Array(9))].map((n) => n.toString(36)).join("")
+const newId = () => [...crypto.getRandomValues(new Uint8Array(9))].map((n) => n.toString(36)).join("")
 // This tab, also after a reload of it.
 export const TAB = quietly(() => (sessionStorage.zhenhuan_tab ??= newId())) ?? newId()
 
@@ -45,7 +45,7 @@ export const opened = (async () => {
 
 export const talk = (id) => kept.get(id)
 export const talks = ({ deleted = false } = {}) =>
-  [...kept.values()].filter((each) => Boolean(each.deleted) === deleted).sort((one, other) => other.updated - one.updated)
+  [...kept.values()].filter((each) => Boolean(each.deleted) === deleted && (each.turns.length || each.draft)).sort((one, other) => other.updated - one.updated)
 
 export function create(fields = {}) {
   const now = Date.now()
@@ -139,4 +139,4 @@ export function turnsOf(messages) {
 export const newTurn = (question) => ({ id: newId(), question, asked: Date.now(), replies: [], at: 0 })
 export const newReply = (fields = {}) => ({ id: newId(), text: "", hint: "", time: Date.now(), beat: Date.now(), state: "growing", tab: TAB, ...fields })
 export const shownReply = (turn) => turn.replies[turn.at]
-export const titleOf = (talk) => talk.title || talk.turns[0]?.question || t("new_talk")
+export const titleOf = (talk) => talk.title || talk.turns[0]?.question || talk.draft || t("new_talk")

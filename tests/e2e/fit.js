@@ -13,7 +13,7 @@
     const text = textOf(e)
     if (e.innerText?.trim() && (text.left < box.left || text.right > box.right || text.bottom > box.bottom + 1)) faults.push(`cut ${name}`)
     if (e.matches('[role=combobox]') && e.scrollWidth > e.clientWidth) faults.push(`cut ${name} ${e.value}`)
-    if (e.closest('#talk')) continue // scrolled out of sight, it may lie behind others
+    if (e.closest('#talk, .list')) continue // scrolled out of sight, it may lie behind others
     for (const [other, there] of seen)
       if (!(box.right <= there.left + 1 || there.right <= box.left + 1 || box.bottom <= there.top + 1 || there.bottom <= box.top + 1)) faults.push(`over ${name} ${other}`)
     seen.push([name, box])
