@@ -14,13 +14,20 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__":
     gc.disable()  # starting makes millions of objects that stay; walking them again and again took a fifth of it
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told who chats here
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from chat.proxies import check_proxies
+
+try:
+    check_proxies()  # before gradio, which makes a client as it is imported
+except ValueError as error:
+    sys.exit(f"Chat-甄嬛 cannot start: {error}")
 
 from page import gradio_internals  # before gradio
 
@@ -65,6 +72,7 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
         with gr.Column(elem_id="compare"):
             compare_tab.add(service, inputs)
         _offer_tool(service)
+    gradio_internals.explain_bad_inputs(page)
     gradio_internals.share_queue(page, service.max_visitors)  # page.waiting_queue has them take turns
     page.queue(max_size=4 * MAX_WAITING)
     return page
@@ -89,13 +97,17 @@ def _offer_tool(service: ChatService) -> None:
 
         Args:
             message: What to say to her.
-            scene: A time of her life: 永寿宫 (today), 初入宫, 盛宠, 甘露寺, 回宫, 封后斗争 or 太后.
-            visitor: Who speaks: 路人 (a passer-by), 皇上, 沈眉庄, 果郡王 and others.
+            scene: A time of her life; 永寿宫 is today.
+            visitor: Who speaks; 路人 is a passer-by. Not everyone comes to her in every scene.
         """
         chosen = ChatRequest(scene=scene, visitor=visitor, adapter=service.engine.adapters[0], numbers=service.numbers)
         *_, (reply,) = service.generate([conversation.question(message)], chosen, visitor_id(request))
+        if not reply.usage:  # she gave no reply, or not all of it
+            raise gr.Error(reply.shown, print_exception=False)
         return reply.shown
 
+    choices = {"scene": tuple(scene.name for scene in SCENES), "visitor": tuple(VISITORS)}
+    ask.__annotations__ |= {name: Literal[names] for name, names in choices.items()}  # in the tool's schema
     api(ask, api_name="ask")
 
 
@@ -131,7 +143,11 @@ def _document() -> str:
     )  # fmt: skip
 
 
-gradio_internals.put_in_document(_document())
+gradio_internals.put_in_document(
+    f'<link rel="icon" href="page-static/{DIGEST}/favicon.svg">'
+    f'<link rel="manifest" href="page-static/{DIGEST}/manifest.json">',
+    _document(),
+)
 # page.css names the fonts; those of the theme are files.
 THEME = gr.themes.Soft(
     primary_hue="rose", neutral_hue="stone", spacing_size="sm", font="serif", font_mono="monospace"
@@ -150,7 +166,6 @@ LAUNCH: dict[str, Any] = {
     "footer_links": [],
     "theme": THEME,
     "favicon_path": STATIC / "favicon.svg",
-    "pwa": True,
     "i18n": LANGUAGES,
     "app_kwargs": {
         "middleware": [Middleware(Security), Middleware(Caching)],
@@ -173,6 +188,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        check_proxies(*filter(None, [args.host]))  # Gradio asks the page itself whether it is open
         engine = load(args.base, args.bits, args.engine)
         page = build_page(engine)
         if address := os.environ.get(metrics.VARIABLE):

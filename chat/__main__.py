@@ -11,6 +11,7 @@ from chat.bases import MEMORY_7B
 from chat.download import Unavailable
 from chat.engine import Busy, ChatEngine, Stalled
 from chat.persona import GREETING, NAME, Message
+from chat.proxies import check_proxies
 from chat.sampling import Sampling
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        check_proxies()
         engine = load(arguments.base, arguments.bits, arguments.engine)
         engine.wait()
     except (ValueError, RuntimeError, OSError, ImportError) as error:

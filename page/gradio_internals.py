@@ -1,8 +1,12 @@
 """Everything that leans on private or undocumented parts of Gradio 6. Import it before gradio: that halves the time."""
 
 import inspect
+import logging
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,12 +14,17 @@ from unittest import mock
 # a class whose file it cannot find.
 with mock.patch("inspect.getfile", side_effect=OSError):
     import gradio as gr
+import gradio.queueing
+import gradio.route_utils
 import gradio.routes
 import gradio.utils
 from gradio.blocks import Block, BlocksConfig
 from gradio.events import EventListenerMethod
 from jinja2 import ChoiceLoader, DictLoader
 
+log = logging.getLogger(__name__)
+MANIFEST = '<link rel="manifest" href="/manifest.json" />'  # as Gradio's document has it
+FRAMES = 5  # of a traceback in the log
 _config_for_block = BlocksConfig.config_for_block
 
 
@@ -39,17 +48,57 @@ BlocksConfig.config_for_block = staticmethod(_remembered_config)  # type: ignore
 gradio.utils.MatplotlibBackendMananger = nullcontext  # type: ignore[assignment,misc]
 
 
-def put_in_document(markup: str) -> None:
+def log_failure() -> None:
+    """Log the exception being handled: its type and where, but not its text, which may quote what a visitor sent."""
+    error = sys.exc_info()[1]
+    if error:
+        log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__, -FRAMES)))
+
+
+for _module in (gradio.queueing, gradio.route_utils, gradio.routes):
+    setattr(_module, "traceback", SimpleNamespace(print_exc=log_failure))  # noqa: B010 - mypy knows no such name
+
+
+def explain_bad_inputs(page: gr.Blocks) -> None:
+    """Tell a caller of the API what is wrong with his values: Gradio sends an empty error, and logs the values."""
+    preprocess_data = page.preprocess_data
+
+    async def explained(event: Any, inputs: list[Any], *rest: Any, **named: Any) -> Any:
+        try:
+            return await preprocess_data(event, inputs, *rest, **named)
+        except Exception as error:  # noqa: BLE001 - whatever Gradio's components raise at a stranger's values
+            raise gr.Error(_bad_inputs(page, event, inputs, error), print_exception=False) from None
+
+    setattr(page, "preprocess_data", explained)  # noqa: B010 - mypy takes no such function
+
+
+def _bad_inputs(page: gr.Blocks, event: Any, inputs: list[Any], error: Exception) -> str:
+    if isinstance(error, gr.Error):
+        return str(error.message)
+    endpoint = page.get_api_info(all_endpoints=True)["named_endpoints"].get(f"/{event.api_name}")
+    if not endpoint:
+        return "This is not what the page sends."
+    wrong = f"Only {len(inputs)} values came" if len(inputs) < len(event.inputs) else "A value is of the wrong type"
+    names = ", ".join(each["parameter_name"] for each in endpoint["parameters"])
+    by_name = f"/gradio_api/call/v2/{event.api_name}"
+    return f"{wrong}. Needed, in order: {names}. {by_name} takes them by name, and fills in what you leave out."
+
+
+def put_in_document(head: str, markup: str) -> None:
     """Let the document hold markup before Gradio's own; `launch(head=...)` adds its own only when scripts have run.
+
+    `head` stands in place of Gradio's link to its manifest, which names addresses from the host's root: below a path
+    they are another program's.
 
     A shared page gets the same document: Gradio's for those asks S3 for scripts, which POLICY of page.http refuses.
     """
     environment = gradio.routes.templates.env
     loader: Any = environment.loader
     document, *_ = loader.get_source(environment, "frontend/index.html")
-    document = document.replace("<gradio-app", f"{{% raw %}}{markup}{{% endraw %}}<gradio-app", 1)
-    ours = dict.fromkeys(("frontend/index.html", "frontend/share.html"), document)
-    environment.loader = ChoiceLoader([DictLoader(ours), loader])
+    for place, ours in ((MANIFEST, head), ("<gradio-app", f"{markup}<gradio-app")):
+        document = document.replace(place, f"{{% raw %}}{ours}{{% endraw %}}", 1)
+    documents = dict.fromkeys(("frontend/index.html", "frontend/share.html"), document)
+    environment.loader = ChoiceLoader([DictLoader(documents), loader])
 
 
 def name_inputs(handler: Callable[..., Any], inputs: Mapping[str, Any]) -> None:

@@ -8,9 +8,11 @@ from hashlib import sha256
 import brotli
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from page.gradio_internals import log_failure
 
 # Gradio writes inline scripts and styles and compiles handlers from strings; the rest is closed. A remote picture in
 # a reply would tell its server who reads it: none is loaded. Hugging Face shows a Space in a frame.
@@ -35,13 +37,15 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
+UNANSWERABLE = "This request cannot be answered. /gradio_api/info lists what can be asked, with each parameter."
 HASHED = re.compile(r"/assets/[^/]+-[\w-]{8,9}\.\w+\?|/theme\.css\?v=\w{64}$")  # addresses that change with the content
 TEXT = re.compile("text/|javascript|json|svg")
 WHOLE = 2**18  # bytes of a file up to which it is read whole; Gradio compresses larger ones on their way
 
 
 class Security:
-    """ASGI middleware that adds HEADERS to every response."""
+    """ASGI middleware that adds HEADERS to every response, and answers where Gradio raised: uvicorn would log the text
+    of the exception, which may quote what a visitor sent."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -49,12 +53,24 @@ class Security:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on; add the headers on the way back."""
 
+        started = False
+
         async def guarded(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        await self.app(scope, receive, guarded if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            await self.app(scope, receive, guarded)
+        except Exception:  # noqa: BLE001 - Gradio raises what it likes at a stranger's request
+            log_failure()
+            if not started:
+                await JSONResponse({"detail": UNANSWERABLE}, 500)(scope, receive, guarded)
 
 
 class Caching:

@@ -38,6 +38,12 @@ ZERO_GPU = {
     "log in to Hugging Face, or come back tomorrow.",
     "ZeroGPU queue timeout": "GPU 正忙，请过一会儿重试。 All GPUs are busy; retry in a while.",
     "ZeroGPU worker error": "GPU 中途离开了，请重试。 The GPU was lost; press Retry.",
+    "ZeroGPU pending credits exceeded": "你的 GPU 额度都在别处用着：等那些任务结束，再来问。 Your GPU credits are all "
+    "taken by other tasks of yours: ask again when they have ended.",
+    "ZeroGPU illegal duration": "要用的 GPU 时间超过了所许：在「声音与文采」里把最长回话调短。 "
+    "More GPU time was asked for than is allowed: lower the longest reply under Voice and sampling.",
+    "ZeroGPU client error": "没有得到 GPU：请过几分钟再问，或刷新这一页。 No GPU was given: "
+    "ask again in some minutes, or reload the page.",
 }
 OTHERWISE = "这一句没有说完，请按「重试」。 The reply failed; press Retry."
 STALLED = "引擎没有响应，请过几分钟再问。 The engine does not respond; ask again in some minutes."

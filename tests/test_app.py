@@ -1,5 +1,6 @@
 """The page on a real server: what a visitor, or a stranger with the API's address, meets."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from gradio_client.exceptions import AppError
 import app
 from chat import persona
 from chat.engine import MAX_CHARACTERS, MAX_TURNS, Usage
-from page import chat_tab, conversation, service
+from page import chat_tab, conversation, i18n, service
 from tests.conftest import ROOT
 from tests.fake_engine import FakeEngine
 
@@ -198,6 +199,109 @@ def test_notes_on_length_and_dropped_messages_are_plain_and_cut_from_the_history
     assert conversation.read_history(history)[1] == {"role": "assistant", "content": "臣妾"}
 
 
+OPEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import app
+from tests.fake_engine import FakeEngine
+page = app.build_page(FakeEngine("臣妾在。"))
+_, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+print("at", url, flush=True)
+page.block_thread()
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """The page in a process of its own, started from another folder; its address, and what it has logged."""
+    log = (tmp_path / "log").open("w+")
+    page = subprocess.Popen(
+        [sys.executable, "-c", OPEN, str(ROOT)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, text=True
+    )
+    url = next(line.split()[1] for line in page.stdout if line.startswith("at "))
+
+    def logged():
+        page.kill()
+        rest, _ = page.communicate()
+        log.seek(0)
+        return rest + log.read()
+
+    yield url, logged
+    page.kill()
+    page.wait()
+
+
+def post(url, body):
+    """Status and text of the answer; where it names an event, of what comes of it."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            text = answer.read().decode()
+            if event := json.loads(text).get("event_id") if "/call/" in url else None:
+                text = urllib.request.urlopen(f"{url}/{event}", timeout=20).read().decode()
+            return answer.status, text
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_page_starts_from_another_folder(elsewhere):
+    url, logged = elsewhere
+    for path in ("", "favicon.ico", *(f"page-static/{app.DIGEST}/{name}" for name in app.FILES)):
+        assert urllib.request.urlopen(url + path, timeout=20).status == 200
+    assert Client(url, verbose=False).predict("早", api_name="/chat")[0] == "臣妾在。"
+    log = logged()
+    assert "Traceback" not in log and "Error" not in log
+
+
+WORD = "秘密话secretword"
+VALUES = ["早", "永寿宫", "路人", "scripted", 0.7, 0.8, 20, 1.05, 100, -1]
+FORGED = [
+    *[("call/chat", {"data": [WORD] * count}) for count in (1, 2, 11, 99)],
+    *[("call/chat", {"data": [*VALUES[:at], WORD, *VALUES[at + 1 :]]}) for at in range(1, len(VALUES))],
+    *[("call/chat", {"data": [*VALUES[:at], {WORD: [WORD]}, *VALUES[at + 1 :]]}) for at in range(len(VALUES))],
+    *[("call/ask", {"data": data}) for data in ([WORD], [WORD] * 3, [[WORD], {WORD: 1}, WORD])],
+    *[
+        ("call/v2/chat", body)
+        for body in ({}, {WORD: WORD}, {"message": {WORD: WORD}}, {"message": "早", "seed": WORD})
+    ],
+    *[(f"call/{name}", {"data": [WORD]}) for name in (WORD.encode().hex(), "secretword", "v2/secretword")],
+    *[
+        (path, {"fn_index": number, "session_hash": "tab", "data": data, "event_data": {WORD: WORD}})
+        for path in ("queue/join", "run/predict")
+        for number in range(40)
+        for data in ([WORD], [[{"role": WORD, "content": {WORD: 1}}]] * 12, [{WORD: WORD}] * 12)
+    ],
+    ("component_server", {"data": WORD, "component_id": 1, "fn_name": WORD, "session_hash": WORD}),
+    ("cancel", {"session_hash": WORD, "fn_index": 0, "event_id": WORD}),
+    ("call/chat", WORD.encode()),
+]
+
+
+def test_no_forged_request_brings_words_into_the_log(elsewhere):
+    url, logged = elsewhere
+    answered = [post(f"{url}gradio_api/{path}", body) for path, body in FORGED]
+    assert {status for status, _ in answered} > {200, 500}
+    assert "臣妾在。" in Client(url, verbose=False).predict("早", api_name="/chat")
+    log = logged()
+    assert "Error in" in log and "gradio" in log, "what failed, and where, is logged"
+    assert "secretword" not in log and "秘密话" not in log
+
+
+def test_a_first_call_with_too_few_values_hears_which_are_needed(serve):
+    url = f"{serve(FakeEngine('臣妾在。')).src}gradio_api/call/"
+    for data in ([], ["早"]):
+        _, said = post(f"{url}chat", {"data": data})
+        assert f"Only {len(data)} values came" in said and "message, scene, visitor, adapter, temperature" in said
+        assert "/gradio_api/call/v2/chat" in said
+    _, said = post(f"{url}ask", {"data": ["早"]})
+    assert "message, scene, visitor." in said
+    _, said = post(f"{url}chat", {"data": [*VALUES[:4], "热", *VALUES[5:]]})
+    assert "wrong type" in said and "temperature" in said
+    status, said = post(f"{url}v2/chat", {"massage": "早"})
+    assert status == 500 and "/gradio_api/info" in said
+
+
 MCP_PAGE = """
 import app
 from page import gradio_internals
@@ -223,18 +327,26 @@ def test_an_mcp_client_finds_her_as_a_tool_and_asks_her():
         ):
             await session.initialize()
             tools = (await session.list_tools()).tools
-            answer = await session.call_tool(tools[0].name, {"message": "你是谁？", "scene": "太后"})
-            return [tool.name for tool in tools], str(answer.content)
+            answers = [
+                await session.call_tool(tools[0].name, {"message": "你是谁？", "scene": "太后", **wrong})
+                for wrong in ({}, {"scene": "冷宫"}, {"visitor": "华妃"}, {"message": ""})
+            ]
+            return tools, [(answer.isError, answer.content[0].text) for answer in answers]
 
     # In a process of its own: Gradio's server does not end while an MCP session is open.
     page = subprocess.Popen([sys.executable, "-c", MCP_PAGE], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         url = next(line.split()[1] for line in page.stdout if line.startswith("at "))
-        names, answer = asyncio.run(asyncio.wait_for(ask(url), 60))
+        (tool,), answers = asyncio.run(asyncio.wait_for(ask(url), 60))
     finally:
         page.kill()
         page.wait()
-    assert names == ["ask"] and "臣妾甄嬛。" in answer
+    choices = tool.inputSchema["properties"]
+    assert tool.name == "ask" and choices["scene"]["enum"] == [scene.name for scene in persona.SCENES]
+    assert choices["visitor"]["enum"] == list(i18n.VISITORS)
+    assert answers[0] == (False, "臣妾甄嬛。")
+    for (refused, text), choice in zip(answers[1:], ("甘露寺", "弘历", "Write a few words"), strict=True):
+        assert refused and choice in text
 
 
 def test_a_share_link_that_cannot_be_had_leaves_the_page_open_here(monkeypatch, capsys):

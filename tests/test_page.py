@@ -1,12 +1,15 @@
 """What stands around an engine: the queue, the rate limiter, requests, replies that never raise, ZeroGPU."""
 
+import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -209,7 +212,7 @@ class OutOfMemoryError(RuntimeError):
         (Exceeded(), persona.BREATHLESS, "歇一分钟"),
         (Stalled("/secret"), persona.UNWELL, "引擎没有响应"),
         *((service.Error("x", title=title), persona.UNWELL, text[:8]) for title, text in service.ZERO_GPU.items()),
-        (service.Error("x", title="ZeroGPU illegal duration"), persona.UNWELL, "重试"),
+        (service.Error("x", title="ZeroGPU of another year"), persona.UNWELL, "重试"),
     ],
 )
 def test_each_failure_has_a_line_and_a_hint(failure, line, hint):
@@ -361,6 +364,17 @@ def test_what_an_adapter_does_not_tell_of_its_training_is_said_below_its_replies
 # ZeroGPU
 
 
+def test_each_refusal_that_zerogpu_knows_has_a_line_of_its_own():
+    (folder,) = importlib.util.find_spec("spaces").submodule_search_locations
+    known = {
+        title
+        for file in Path(folder, "zero").glob("*.py")
+        for title in re.findall(r'raise error\("(ZeroGPU [^"]+)"', file.read_text())
+    }
+    assert len(known) > 4 and known == service.ZERO_GPU.keys()
+    assert len(set(service.ZERO_GPU.values())) == len(known)
+
+
 def test_the_same_page_answers_on_zerogpu_and_survives_its_refusals(trained, tiny_base):
     asked = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "zero" / "serve.py"), str(tiny_base), str(trained.folder)],
@@ -371,8 +385,8 @@ def test_the_same_page_answers_on_zerogpu_and_survives_its_refusals(trained, tin
     lines = asked.stdout.strip().splitlines()
     assert lines[0] == lines[2] == lines[-2] == "臣妾明白。" != lines[1]
     refusals = lines[3:-2]
-    assert [line.startswith(persona.UNWELL) for line in refusals] == [True] * 4
-    assert [text[:8] in line for text, line in zip(service.ZERO_GPU.values(), refusals, strict=False)] == [True] * 3
+    assert [line.startswith(persona.UNWELL) for line in refusals] == [True] * (len(service.ZERO_GPU) + 1)
+    assert all(text[:8] in line for text, line in zip(service.ZERO_GPU.values(), refusals, strict=False))
     assert float(lines[-1]) <= 25, "a visitor's quota is asked for in small portions"
 
 

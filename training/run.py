@@ -30,8 +30,10 @@ def main() -> None:
             {name: (recipe.base, Run(recipe=recipe)) for name, recipe in RECIPES.items()},
             args=arguments, prog="python -m training.run", config=(tyro.conf.OmitArgPrefixes,),
         )  # fmt: skip
+        from chat.proxies import check_proxies
         from training import pipeline  # here: --help needs no torch
 
+        check_proxies()
         if adapter := pipeline.run(job):
             log.info("%s is ready: python app.py --base %s", adapter.folder, job.recipe.base)
     except (ValueError, RuntimeError, OSError) as error:
