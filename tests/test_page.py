@@ -355,10 +355,9 @@ def test_every_scene_is_told_in_english_too():
 def test_what_an_adapter_does_not_tell_of_its_training_is_said_below_its_replies():
     engine, reply = FakeEngine("x"), service.Reply("好", "", Usage("stop", 5, 0.1, 1), 3)
     engine.unstated = {"scripted": ("prompt", "base")}
-    _, note = chat_tab.bubbles(engine, ChatRequest(adapter="scripted"), reply)
-    assert "提示词 Training prompt: 未注明" in note["content"] and "底座 Trained on: 名字不认得" in note["content"]
-    _, note = chat_tab.bubbles(engine, ChatRequest(adapter="base"), reply)
-    assert "未注明" not in note["content"]
+    assert chat_tab.facts(engine, ChatRequest(adapter="scripted"), reply)["unstated"] == ["prompt", "base"]
+    assert chat_tab.facts(engine, ChatRequest(adapter="base"), reply)["unstated"] == []
+    assert "未注明" in i18n.BROWSER["unstated_prompt"][0] and "unstated_base" in i18n.BROWSER
 
 
 # ZeroGPU
