@@ -69,6 +69,7 @@ def build_page(engine: ChatEngine) -> gr.Blocks:
         chat_tab.connect()
         _offer_tool(service)
     gradio_internals.answer_in_plain_strings(page)
+    gradio_internals.refuse_malformed_calls(page)
     page.queue(max_size=4 * MAX_WAITING)
     return page
 

@@ -12,6 +12,7 @@ import safetensors
 from chat.checkpoints import Checkpoint, read_json
 from chat.download import from_modelscope
 from chat.engine import BASE_ONLY
+from chat.files import PART
 from chat.persona import SYSTEM_PROMPT
 
 ROOT = Path(__file__).parent.parent / "adapters"
@@ -24,7 +25,6 @@ FIGURE, RADAR, MARKERS = "loss.png", "radar.png", "markers.png"
 REPORT = "report.md"
 FILES = (CONFIG, WEIGHTS, RECIPE, METRICS, CARD, FIGURE, RADAR, MARKERS, REPORT)
 NEEDED = (CONFIG, WEIGHTS, RECIPE)
-PART = ".part"  # the suffix of a folder that a run is still writing
 NAME = re.compile(r"[\w-]{1,60}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 MODELSCOPE = "modelscope:"  # the prefix of a repository on ModelScope; without it, USER/NAME is on the Hub

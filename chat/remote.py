@@ -84,7 +84,8 @@ class RemoteEngine:
             if refused := [server.refused for server in self.servers if server.refused]:
                 raise ValueError(refused[0])
             if time.monotonic() > deadline:
-                raise Unavailable("No engine answers. Start it, or correct ENGINE_URL.")
+                faults = " ".join(server.fault for server in self.servers)
+                raise Unavailable(f"No engine answers. {faults} Start it, or correct ENGINE_URL.")
             time.sleep(self._timeouts.poll)
 
     @property

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from chat import persona
 from chat.engine import MAX_CHARACTERS, MAX_TURNS
-from chat.persona import NAME, PASSER_BY, SCENES, SYSTEM_PROMPT, Message
+from chat.persona import NAME, PASSER_BY, SCENES, SYSTEM_PROMPT, Message, Refused
 
 HINT = "\n\n〔"  # opens a plain hint below her words; a history is cut there
 PROVENANCE = "来历 · Provenance"  # title of the note below a reply; a history drops what has a title
@@ -17,14 +17,6 @@ MAX_ALTERNATIVES = 9  # replies to one question that are kept
 FORMATS = {"Markdown": "md", "JSON": "json", "ShareGPT": "sharegpt.json"}  # of exports, with the file name's suffix
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ChatbotMessage = dict[str, Any]  # a message as gr.Chatbot takes it
-
-
-class Refused(Exception):
-    """A message she does not answer: her line, and the hint for the visitor."""
-
-    def __init__(self, line: str, hint: str) -> None:
-        super().__init__(hint)
-        self.line = line
 
 
 def plain_text(content: object) -> str:
@@ -58,9 +50,9 @@ def question(content: object) -> Message:
 def check_question(message: Message) -> None:
     """Raise Refused when the visitor's words are none or too many."""
     if not message["content"]:
-        raise Refused(persona.SILENT, "请先写几个字。 Write a few words first.")
+        raise Refused("请先写几个字。 Write a few words first.", persona.SILENT)
     if len(message["content"]) > MAX_CHARACTERS:
-        raise Refused(persona.LONG_WINDED, f"每句至多 {MAX_CHARACTERS} 字。 At most {MAX_CHARACTERS} characters.")
+        raise Refused(f"每句至多 {MAX_CHARACTERS} 字。 At most {MAX_CHARACTERS} characters.", persona.LONG_WINDED)
 
 
 def greeting(scene: str = SCENES[0].name) -> ChatbotMessage:
@@ -133,12 +125,13 @@ def read_transcript(text: str) -> Transcript:
         raise ValueError(f"这份记录太长（{len(text):,} 字）。 The transcript is too long; {MAX_FILE:,} characters fit.")
     try:
         data = json.loads(text)
+        text.encode(), json.dumps(data, ensure_ascii=False).encode()
         data = data[0] if isinstance(data, list) else data
         entries = data.get("messages") or data["conversations"]
         scene, visitor = data.get("scene") or SCENES[0].name, data.get("visitor") or PASSER_BY
         persona.with_scene([], scene, visitor)
         messages = [_checked(entry) for entry in entries[: 4 * MAX_TURNS]]
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(
             "读不懂：请选本页存出的 JSON 或 ShareGPT。 Not a transcript of this page; its JSON or ShareGPT can be read."
         ) from error

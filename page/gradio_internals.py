@@ -13,9 +13,14 @@ with mock.patch("inspect.getfile", side_effect=OSError):
     import gradio as gr
 import gradio.routes
 import gradio.utils
+import orjson
 from gradio.blocks import Block, BlocksConfig
 from gradio.events import Dependency, EventListenerMethod
 from jinja2 import ChoiceLoader, DictLoader
+
+MALFORMED = (
+    "这一问的格式不对，请刷新页面。 These values cannot be read: reload the page, or see /gradio_api/info for how to call it."
+)
 
 _config_for_block = BlocksConfig.config_for_block
 
@@ -111,6 +116,26 @@ def answer_in_plain_strings(page: gr.Blocks) -> None:
             yield messages[0]["content"], *rest
 
     event.fn = plain
+
+
+def refuse_malformed_calls(page: gr.Blocks) -> None:
+    """Answer a call with values that the page cannot have sent by one sentence.
+
+    Gradio would print them, a stranger's words, into the log with a traceback. Lone surrogates and deep nesting it
+    passes on, and breaks off the tab's stream of events when they come back: orjson, which writes that, refuses both.
+    """
+    preprocess = page.preprocess_data
+
+    async def checked(block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        try:
+            orjson.dumps(inputs)
+            values = await preprocess(block_fn, inputs, *args, **kwargs)
+        except Exception:
+            raise gr.Error(MALFORMED, print_exception=False) from None
+        blocks = zip(block_fn.inputs, values, strict=True)
+        return ["" if value is None and isinstance(block, gr.Textbox) else value for block, value in blocks]
+
+    setattr(page, "preprocess_data", checked)  # noqa: B010 - mypy takes it for a method
 
 
 def hide_chat_from_tools(page: gr.Blocks) -> None:

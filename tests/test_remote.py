@@ -13,9 +13,9 @@ import pytest
 import chat.remote
 from chat import persona
 from chat.base_model import END, PAD
-from chat.download import Unavailable
+from chat.download import Unavailable, parse_retry_after
 from chat.engine import BASE_ONLY, Busy
-from chat.openai_server import STOP, Timeouts, chatml, parse_retry_after
+from chat.openai_server import STOP, Timeouts, chatml
 from chat.persona import GREETING, SYSTEM_PROMPT
 from chat.prompt import prompt_ids
 from chat.remote import PROMPT_BYTES, RemoteEngine, connect, fit
@@ -481,7 +481,7 @@ def test_the_small_base_answers_only_when_allowed(serve, join):
 
 
 def test_no_engine_at_all_is_a_sentence(join):
-    with pytest.raises(Unavailable, match=r"No engine answers\. Start it, or correct ENGINE_URL"):
+    with pytest.raises(Unavailable, match=r"No engine answers\. 127\.0\.0\.1:9 does not answer \(ConnectError\)\. Start it, or correct ENGINE_URL"):
         join("http://127.0.0.1:9/v1")
 
 

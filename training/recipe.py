@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from chat.adapter import LAYERS
+from chat.files import write_text
 from chat.persona import SYSTEM_PROMPT
 
 # Field of an older recipe.json, and its flag → the field's name now. Published adapters keep their files.
@@ -93,8 +94,8 @@ class Recipe:
         return cls(**values)
 
     def write(self, path: Path) -> None:
-        """Write it as recipe.json."""
-        path.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        """Write it as recipe.json, whole or not at all."""
+        write_text(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
