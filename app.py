@@ -8,6 +8,7 @@ import argparse
 import gc
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from string import Template
@@ -29,7 +30,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from chat import ENGINES, load
+from chat import ENGINES, load, machine
 from chat.bases import MEMORY_7B
 from chat.engine import BASE_ONLY, ChatEngine
 from chat.persona import GREETING, NAME, PASSER_BY, SCENES
@@ -153,13 +154,25 @@ LAUNCH: dict[str, Any] = {
 }
 
 
+def host(value: str) -> str:
+    """An address to listen on. Raises ArgumentTypeError at once: Gradio would try it with a hundred ports first."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(value.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listening:
+            listening.bind(address)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{value} is no address of this machine ({error.strerror})") from error
+    return value
+
+
 def main() -> None:
     """Load the engine of this machine and open the page."""
+    machine.allow_any_terminal()
     parser = argparse.ArgumentParser(description="Open the page of Chat-甄嬛.")
     parser.add_argument("--base", help="small, medium, 7b, or a folder; by default what fits this machine")
     parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
     parser.add_argument("--engine", choices=ENGINES, help="by default what fits this machine")
-    parser.add_argument("--host", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--host", type=host, help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="also open a public link")
     parser.add_argument("--mcp", action="store_true", help="also offer her as a tool to MCP clients")
@@ -181,7 +194,7 @@ def main() -> None:
         gc.freeze()
         gc.enable()
         page.block_thread()
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, OverflowError) as error:  # the last for a port above 65535
         sys.exit(f"Chat-甄嬛 cannot start: {error}")
 
 

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_MODEL_LEN = 4096  # tokens of prompt and reply together, where the server does not say
 STOP = "<|im_end|><|endoftext|>"  # the template's terminator and the tutorial's
+MAX_PORT = 65535
 USAGE_SECONDS = 2.0  # that the count of tokens may come after the last token
 PROBE: list[Message] = [
     {"role": "user", "content": OPENERS[0]}, {"role": "assistant", "content": GREETING},
@@ -41,6 +42,10 @@ class Timeouts:
     retries: float = 90  # with servers that are full or away, before the first token
     backoff: float = 0.5  # before the first retry; doubled for each later one
     poll: float = 5  # between two lists of what a server serves
+
+
+class NoModels(ValueError):
+    """What a server sends as the list of its models is none."""
 
 
 @dataclass
@@ -231,17 +236,14 @@ def _fault(error: Exception) -> str:
     return str(error) if isinstance(error, NoModels) else f"does not answer ({type(error).__name__})"
 
 
-class NoModels(ValueError):
-    """What a server sends as the list of its models is none."""
-
-
 def parse_url(url: str) -> httpx.URL:
     """An address of ENGINE_URL; where it has no path, /v1 is added, as every such server has it. Raises ValueError."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:
         parsed = httpx.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+    named = parsed.scheme in ("http", "https") and parsed.host and "%" not in parsed.host
+    if not named or parsed.userinfo or (parsed.port or 1) > MAX_PORT:
         raise ValueError("ENGINE_URL holds no address like https://engine:8000/v1. A key belongs into ENGINE_KEY.")
     return parsed.copy_with(path="/v1") if parsed.path in ("", "/") else parsed
 

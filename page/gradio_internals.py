@@ -19,7 +19,7 @@ from gradio.events import Dependency, EventListenerMethod
 from jinja2 import ChoiceLoader, DictLoader
 
 MALFORMED = (
-    "这一问的格式不对，请刷新页面。 These values cannot be read: reload the page, or see /gradio_api/info for how to call it."
+    "这一问的格式不对，请刷新页面。 These values cannot be read: reload the page, or call it as /gradio_api/info says."
 )
 
 _config_for_block = BlocksConfig.config_for_block
@@ -130,7 +130,7 @@ def refuse_malformed_calls(page: gr.Blocks) -> None:
         try:
             orjson.dumps(inputs)
             values = await preprocess(block_fn, inputs, *args, **kwargs)
-        except Exception:
+        except Exception:  # noqa: BLE001 - each component has errors of its own for what it cannot take
             raise gr.Error(MALFORMED, print_exception=False) from None
         blocks = zip(block_fn.inputs, values, strict=True)
         return ["" if value is None and isinstance(block, gr.Textbox) else value for block, value in blocks]

@@ -17,6 +17,7 @@ from chat.bases import BASES, Base
 from chat.checkpoints import Checkpoint, locate, read_json
 from chat.download import require_room
 from chat.files import whole, write_text
+from chat.machine import allow_any_terminal
 from chat.persona import SYSTEM_PROMPT
 from chat.sampling import Sampling
 
@@ -37,6 +38,7 @@ LM Studio   opens whole models only: llama-export-lora -m BASE.gguf --lora {file
 
 def main() -> None:
     """Write an adapter for other programs, and say what to do next."""
+    allow_any_terminal()
     parser = argparse.ArgumentParser(prog="python -m training.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="adapters/NAME")
     kind = parser.add_mutually_exclusive_group(required=True)
