@@ -1,5 +1,6 @@
 """Who 甄嬛 is, the scenes of her life, and who may speak to her. Only this file holds the system prompt."""
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -91,7 +92,7 @@ def scene_named(name: str) -> Scene:
     for scene in SCENES:
         if scene.name == name:
             return scene
-    raise Refused(f"There is no such scene; choose one of {', '.join(scene.name for scene in SCENES)}.")
+    raise Refused(f"There is no scene {reprlib.repr(name)}; choose one of {', '.join(scene.name for scene in SCENES)}.")
 
 
 def with_scene(messages: Iterable[Message], scene: str = SCENES[0].name, visitor: str = PASSER_BY) -> list[Message]:
@@ -101,7 +102,7 @@ def with_scene(messages: Iterable[Message], scene: str = SCENES[0].name, visitor
     Raises Refused for an unknown scene, or for a visitor who cannot come to her in it.
     """
     if visitor not in (visitors := scene_named(scene).visitors):
-        raise Refused(f"This visitor does not come to her in {scene}; {', '.join(visitors)} may.")
+        raise Refused(f"{reprlib.repr(visitor)} does not come to her in {scene}; {', '.join(visitors)} may.")
     names = [name for name, default in ((scene, SCENES[0].name), (visitor, PASSER_BY)) if name != default]
     cue = f"（{'·'.join(names)}）" if names else ""
     return [{**each, "content": cue + each["content"]} if each["role"] == "user" else each for each in messages]

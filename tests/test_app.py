@@ -1,5 +1,7 @@
 """The page on a real server: what a visitor, or a stranger with the API's address, meets."""
 
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -7,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 
+import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -14,7 +17,7 @@ from gradio_client.exceptions import AppError
 import app
 from chat import persona
 from chat.engine import MAX_CHARACTERS, MAX_TURNS, Usage
-from page import chat_tab, conversation, service
+from page import chat_tab, conversation, gradio_internals, service
 from tests.conftest import ROOT
 from tests.fake_engine import FakeEngine
 
@@ -248,3 +251,74 @@ def test_a_share_link_that_cannot_be_had_leaves_the_page_open_here(monkeypatch, 
         assert Client(url, verbose=False).predict("早", api_name="/chat")[0] == "好"
     finally:
         page.close(verbose=False)
+
+
+MALFORMED = [
+    [], ["早"], ["早"] * 20, [None] * 10, ["早", "月宫"], ["早", None], ["早", ["永寿宫"]],
+    *(["早", "永寿宫", "路人", "scripted", *numbers] for numbers in (
+        ["0.7", 0.8, 20, 1.05, 256, -1], [[0.7], 0.8, 20, 1.05, 256, -1], [{}, 0.8, 20, 1.05, 256, -1],
+        [None] * 6, [1e999, 0.8, 20, 1.05, 256, -1], [0.7, 0.8, 20, 1.05, 256, "x"])),
+    ["\ud800早", "永寿宫", "路人", "scripted", 0.7, 0.8, 20, 1.05, 256, -1],
+]  # fmt: skip
+
+
+def call(url, body):
+    """The events of a call of `/chat` with this body."""
+    answer = httpx.post(f"{url}gradio_api/call/chat", content=body, headers={"Content-Type": "application/json"})
+    return httpx.get(f"{url}gradio_api/call/chat/{answer.raise_for_status().json()['event_id']}").text
+
+
+def test_a_malformed_call_gets_a_sentence_and_its_words_are_not_logged(serve, capfd, caplog):
+    engine = FakeEngine("好")
+    url = serve(engine).src
+    for values in MALFORMED:
+        body = json.dumps({"data": ["秘密" if value == "早" else value for value in values]})
+        said = call(url, body)
+        assert json.loads(said.partition("data: ")[2])["error"] == gradio_internals.MALFORMED, values
+    assert not engine.asked and "秘密" not in "".join(capfd.readouterr()) + caplog.text
+
+
+def test_nothing_in_place_of_a_question_is_a_question_without_words(serve):
+    values = [None, "永寿宫", "路人", "scripted", 0.7, 0.8, 20, 1.05, 256, -1]
+    url = serve(FakeEngine("好")).src
+    assert json.dumps(persona.SILENT)[1:-1] in call(url, json.dumps({"data": values}))
+
+
+def test_history_nested_deep_is_refused_before_it_breaks_the_stream(serve):
+    nested = "[" * 300 + "]" * 300
+    body = f'{{"data": ["早", {nested}, "路人", "scripted", 0.7, 0.8, 20, 1.05, 256, -1]}}'
+    url = serve(FakeEngine("好")).src
+    assert json.loads(call(url, body).partition("data: ")[2])["error"] == gradio_internals.MALFORMED
+
+
+PROGRAM = [sys.executable, str(ROOT / "app.py")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "said"),
+    [
+        ({"CHAT_CACHE": __file__}, [], "is a file. Set CHAT_CACHE to a folder"),
+        ({"ENGINE_URL": "http://["}, [], "ENGINE_URL holds no address like"),
+        ({"ENGINE_URL": ","}, [], "ENGINE_URL names no address"),
+        ({"MODEL_SOURCE": "ftp"}, [], "MODEL_SOURCE names ftp; choose from hub"),
+        ({}, ["--host", "192.0.2.1"], "192.0.2.1 is no address of this machine"),
+        ({}, ["--base", "nowhere"], "'nowhere' is no base"),
+    ],
+)
+def test_a_setting_or_flag_that_cannot_be_is_a_sentence(settings, flags, said):
+    ran = subprocess.run([*PROGRAM, *flags], env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    assert ran.returncode and said in ran.stderr and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("program", [PROGRAM, [sys.executable, "-m", "chat"]])
+def test_a_terminal_without_chinese_shows_escapes(program):
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    ran = subprocess.run([*program, "--help"], env=latin, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert not ran.returncode and "\\u7504\\u5b1b" in ran.stdout
+
+
+def test_a_port_beyond_the_last_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["app.py", "--port", "70000"])
+    monkeypatch.setattr(app, "load", lambda *_: FakeEngine("好"))
+    with pytest.raises(SystemExit, match=r"cannot start: .*port must be 0-65535"):
+        app.main()

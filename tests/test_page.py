@@ -386,3 +386,55 @@ def test_the_same_page_answers_on_zerogpu_and_survives_its_refusals(trained, tin
 def test_a_link_names_the_temperature_as_each_base_has_its_own_default():
     given = ChatRequest(adapter="pocket", numbers={"temperature": 0.7, "top_p": 0.8})
     assert "temperature=0.7&" in (query := chat_tab.link(given, 5, "早")) and "top_p" not in query
+
+
+INTERNAL = "Counters can only be incremented by non-negative amounts: /home/her/chat/engine.py"
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError, OSError, RecursionError, UnicodeError, TypeError])
+def test_a_visitor_reads_none_of_the_text_of_an_internal_error(kind):
+    (reply,) = list(ChatService(FakeEngine(kind(INTERNAL))).generate(ASK, ChatRequest(adapter="scripted"), "one"))[-1]
+    assert (reply.text, reply.hint) == (persona.UNWELL, service.OTHERWISE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.")],
+)
+def test_memory_that_is_full_is_told_on_a_cpu_too(error):
+    assert service.error_message(error) == (persona.UNWELL, service.NO_MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [
+        ({"scene": "月宫"}, "There is no scene '月宫'"),
+        ({"visitor": "她"}, "'她' does not come to her in"),
+        ({"numbers": {"top_k": 0}}, "top_k is 0; choose a number from 1 to 200"),
+        ({"numbers": {"seed": float("nan")}}, "The seed is not a number up to"),
+        ({"numbers": {"seed": "7"}}, "The seed is not a number up to"),
+        ({"numbers": {"seed": float("-inf")}}, "The seed is not a number up to"),
+        ({"numbers": {"temperature": "9" * 10_000}}, "temperature is '9999"),
+    ],
+)
+def test_what_a_visitor_asked_wrongly_is_told_him_in_short(asked, hint):
+    request = ChatRequest(adapter="scripted", **asked)
+    (reply,) = list(ChatService(FakeEngine("好")).generate(ASK, request, "one"))[-1]
+    assert reply.text == persona.UNWELL and reply.hint.startswith("此问不成：") and hint in reply.hint
+    assert len(reply.hint) < 200
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "[" * 100_000,
+        '{"messages":' + "[" * 100_000,
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        '{"messages": [{"role": "user", "content": "\ud800"}]}',
+        "null", "[]", '{"messages": 5}', '{"messages": ["早"]}', '{"messages": [], "scene": ["a"]}',
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_file_that_is_no_transcript_is_refused(file):
+    with pytest.raises(ValueError, match="Not a transcript of this page"):
+        conversation.read_transcript(file)

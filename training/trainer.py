@@ -45,7 +45,7 @@ BEST = "best.safetensors"  # in the run's folder, when it may stop early
 
 
 class Interrupted(RuntimeError):
-    """The user pressed Ctrl-C; a checkpoint was written first."""
+    """The run was told to stop; a checkpoint was written first."""
 
 
 def attach(model: PreTrainedModel, recipe: Recipe, profile: str = "faithful") -> PeftModel:
@@ -252,22 +252,23 @@ def load_best(model: torch.nn.Module, path: Path) -> None:
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C once: finish the step, save, stop. Twice: stop at once."""
+    """Ctrl-C or SIGTERM once: finish the step, save, stop. Twice: stop at once."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.usual = signal.signal(signal.SIGINT, self._ask)
+        self.usual = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         log.info("Stopping after this step; press Ctrl-C again to stop at once.")
         self.asked = True
-        signal.signal(signal.SIGINT, self.usual)
+        self.on_train_end(None, None, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self.usual)
+        for number, usual in self.usual.items():
+            signal.signal(number, usual)
