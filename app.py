@@ -24,6 +24,7 @@ from page import gradio_internals  # before gradio
 
 # isort: split
 import gradio as gr
+from fastapi.exceptions import RequestValidationError
 from gradio.events import api
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -37,7 +38,7 @@ from chat.persona import GREETING, NAME, PASSER_BY, SCENES
 from chat.sampling import PARAMETERS
 from page import compare_tab, conversation, metrics
 from page.chat_tab import PORTRAIT, ChatTab, about, visitor_choices, visitor_id
-from page.http import Caching, Security
+from page.http import Caching, Security, refuse_body
 from page.i18n import LANGUAGES, SCENE_LINE, text
 from page.service import MAX_SEED, MAX_WAITING, ChatRequest, ChatService
 
@@ -150,6 +151,7 @@ LAUNCH: dict[str, Any] = {
     "app_kwargs": {
         "middleware": [Middleware(Security), Middleware(Caching)],
         "routes": [Route("/health", health)],
+        "exception_handlers": {RequestValidationError: refuse_body},
     },
 }
 

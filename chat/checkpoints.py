@@ -60,6 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}). Copy the folder again.") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}). Copy the folder again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object. Copy the folder again.")
     return value

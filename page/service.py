@@ -41,6 +41,10 @@ ZERO_GPU = {
     "ZeroGPU worker error": "GPU 中途离开了，请重试。 The GPU was lost; press Retry.",
 }
 OTHERWISE = "这一句没有说完，请按「重试」。 The reply failed; press Retry."
+FINISHED = {
+    "length": "话到此处已满，可按「接着说」。 Cut at the length limit; press Continue.",
+    "time": "时候到了，可按「接着说」。 Cut at the time limit; press Continue.",
+}
 STALLED = "引擎没有响应，请过几分钟再问。 The engine does not respond; ask again in some minutes."
 NO_MEMORY = "内存或显存不够了：请缩短这一句，或清空对话。 Out of memory: ask in fewer words, or clear the conversation."
 
@@ -147,7 +151,7 @@ class ChatService:
                             continue
                         reply = Reply(replies[chunk.row].text + chunk.text)
                         if chunk.usage:
-                            reply = Reply(reply.text, _final_hint(chunk.usage), chunk.usage, sampling.seed)
+                            reply = Reply(reply.text, _final_hint(chunk.usage, reply.text), chunk.usage, sampling.seed)
                             metrics.count(adapters[chunk.row], chunk.usage)
                             self.rate_limiter.spend(visitor_id, chunk.usage.tokens)
                         replies[chunk.row] = reply
@@ -178,10 +182,10 @@ def _with_hint(replies: Sequence[Reply], line: str, hint: str) -> tuple[Reply, .
     return tuple(replace(reply, text=reply.text or line, hint=hint) for reply in replies)
 
 
-def _final_hint(usage: Usage) -> str:
-    hints = []
-    if usage.finish_reason == "length":
-        hints.append("话到此处已满，可按「接着说」。 Cut at the length limit; press Continue.")
+def _final_hint(usage: Usage, text: str) -> str:
+    hints = [FINISHED[usage.finish_reason]] if usage.finish_reason in FINISHED else []
+    if not text and usage.finish_reason != "cancelled":
+        hints = [OTHERWISE]
     if dropped := usage.dropped_messages:
         hints.append(f"最早的 {dropped} 句她已记不得了。 The oldest {dropped} messages no longer fit.")
     return " ".join(hints)

@@ -17,7 +17,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 
 import chat.engine
 from chat import persona
-from chat.engine import Chunks, FinishReason, InferenceThreads, Stalled, Usage, drain
+from chat.engine import Chunk, Chunks, FinishReason, InferenceThreads, Stalled, Usage, drain
 from page import chat_tab, conversation, service
 from page.conversation import Alternatives
 from page.rate_limiter import Exceeded, RateLimiter, SlidingWindowCounter
@@ -438,3 +438,27 @@ def test_what_a_visitor_asked_wrongly_is_told_him_in_short(asked, hint):
 def test_a_file_that_is_no_transcript_is_refused(file):
     with pytest.raises(ValueError, match="Not a transcript of this page"):
         conversation.read_transcript(file)
+
+
+class Ends(FakeEngine):
+    """An engine whose reply ends for a reason."""
+
+    def __init__(self, text, reason):
+        super().__init__(text)
+        self.reason = reason
+
+    def _generate(self, reply, row, cancel):
+        yield Chunk(reply, row)
+        yield Chunk("", row, Usage(self.reason, len(reply), 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "hint"),
+    [
+        ("", "stop", service.OTHERWISE), ("", "time", service.OTHERWISE), ("臣妾", "stop", ""),
+        ("臣妾", "time", service.FINISHED["time"]), ("臣妾", "length", service.FINISHED["length"]), ("", "cancelled", ""),
+    ],
+)  # fmt: skip
+def test_a_reply_that_is_empty_or_cut_says_so(text, reason, hint):
+    (reply,) = list(ChatService(Ends(text, reason)).generate(ASK, ChatRequest(adapter="scripted"), "one"))[-1]
+    assert (reply.text, reply.hint) == (text, hint)

@@ -1,0 +1,52 @@
+"""Faults, floods and forgeries on purpose: what was done to the system, how often, and whether it held.
+
+python -m benchmarks.torture [PARTS ...] [--scale 0.1]
+
+All parts take some 18 minutes on two cores (`make torture`). `--scale` makes each part shorter. The table is written to
+benchmarks/results/torture.json; parts that did not run keep their rows. The exit status is 1 when something did not hold.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.torture import engines, files, network, page, training
+
+NAME = "torture"
+PARTS: dict[str, Callable[[float, Path], list[dict[str, Any]]]] = {
+    "page": page.flood, "api": page.api, "engines": engines.torture, "files": files.torture,
+    "training": training.torture, "network": network.torture,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the parts, print the table, and keep it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.torture", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="by default all of them")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the time and the number of tries")
+    args = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # what is done on purpose need not be told
+    kept = results.FOLDER / f"{NAME}.json"
+    rows = json.loads(kept.read_text(encoding="utf-8"))["rows"] if kept.exists() else []
+    for name in args.parts or PARTS:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            made = [{**row, "asked for": name} for row in PARTS[name](args.scale, Path(folder))]
+        rows = [row for row in rows if row["asked for"] != name] + made
+        for row in made:
+            print(f"{'held' if row['held'] else 'FAULT'}  {row['part']}: {row['what']} ×{row['times']}\n      {row['found']}")
+        print(f"      {name} took {time.monotonic() - began:.0f} s", flush=True)
+    rows.sort(key=lambda row: list(PARTS).index(row["asked for"]))
+    results.save(NAME, rows, {}, scale=args.scale)
+    sys.exit(not all(row["held"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
