@@ -1,5 +1,4 @@
-"""The sampling parameters: each is declared here alone, with its range; the page, the API and the engines read them.
-"""
+"""The sampling parameters: each is declared here alone, with its range; the page, the API and the engines read them."""
 
 import math
 import reprlib

@@ -54,13 +54,14 @@ def add(service: ChatService, inputs: list[Any]) -> None:
         button.click(partial(count, vote), [order, tally], [verdict, tally, *votes], **QUIET)
 
 
-def count(vote: str, order: list[str], tally: dict[str, int]) -> tuple[Any, ...]:
+def count(vote: str, order: list[str], tally: Any) -> tuple[Any, ...]:
     """Reveal who stood where, and add the vote to the tally: for the adapter, for the base, or for neither."""
     if len(order) != len(("left", "right")):
         return gr.skip(), gr.skip(), *_votes(False)
     chosen = {"left": order[0], "right": order[1], "even": ""}[vote]
     kind = "even" if not chosen else "base" if chosen == BASE_ONLY else "adapter"
-    counted = {key: int((tally or {}).get(key, 0)) for key in ("adapter", "base", "even")}
+    kept = tally if isinstance(tally, dict) else {}  # by the browser, where anything may have been written
+    counted = {key: n if isinstance(n := kept.get(key), int) else 0 for key in ("adapter", "base", "even")}
     counted[kind] += 1
     revealed = f"左 Left: **{order[0]}** · 右 Right: **{order[1]}**"
     score = f"适配器 adapter {counted['adapter']} : 底座 base {counted['base']} · 平 even {counted['even']}"

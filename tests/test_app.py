@@ -17,7 +17,7 @@ from gradio_client.exceptions import AppError
 import app
 from chat import persona
 from chat.engine import MAX_CHARACTERS, MAX_TURNS, Usage
-from page import chat_tab, conversation, gradio_internals, service
+from page import chat_tab, compare_tab, conversation, gradio_internals, service
 from tests.conftest import ROOT
 from tests.fake_engine import FakeEngine
 
@@ -194,7 +194,7 @@ def test_the_page_says_that_an_adapter_is_gone_and_not_where_it_was():
 
 def test_notes_on_length_and_dropped_messages_are_plain_and_cut_from_the_history():
     usage = Usage("length", 5, 0.1, 1, dropped_messages=4)
-    said = service.Reply("臣妾", service._final_hint(usage)).shown
+    said = service.Reply("臣妾", service._final_hint(usage, "臣妾")).shown
     assert "接着说" in said and "4 句" in said
     history = [{"role": "user", "content": "早"}, {"role": "assistant", "content": said}]
     assert conversation.read_history(history)[1] == {"role": "assistant", "content": "臣妾"}
@@ -322,3 +322,18 @@ def test_a_port_beyond_the_last_is_a_sentence(monkeypatch):
     monkeypatch.setattr(app, "load", lambda *_: FakeEngine("好"))
     with pytest.raises(SystemExit, match=r"cannot start: .*port must be 0-65535"):
         app.main()
+
+
+@pytest.mark.parametrize("scene", [None, "月宫", ["永寿宫"]])
+def test_the_pages_own_events_refuse_a_scene_that_is_none(serve, capfd, scene):
+    url = serve(FakeEngine("好")).src
+    config = httpx.get(f"{url}config").json()
+    number = next(each["id"] for each in config["dependencies"] if each["api_name"] == "start_over")
+    answer = httpx.post(f"{url}gradio_api/run/predict", json={"fn_index": number, "data": [scene], "session_hash": "s"})
+    assert answer.json()["error"] == gradio_internals.MALFORMED and "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("tally", [None, [], "x", {"adapter": "many"}, {"base": None}])
+def test_a_tally_that_is_none_counts_from_zero(tally):
+    _, counted, *_ = compare_tab.count("left", ["scripted", "base"], tally)
+    assert counted == {"adapter": 1, "base": 0, "even": 0}

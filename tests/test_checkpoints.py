@@ -309,9 +309,7 @@ def test_a_disk_that_fills_up_is_told_and_no_other_source_is_asked(small, monkey
 
     monkeypatch.setattr(checkpoints, "from_archives", full)
     monkeypatch.setenv("MODEL_SOURCE", "index,hub,modelscope")
-    with pytest.raises(
-        Unavailable, match=r"The disk is full; org/tiny takes .* GB\. Free some disk, or set"
-    ):
+    with pytest.raises(Unavailable, match=r"The disk is full; org/tiny takes .* GB\. Free some disk, or set"):
         locate("small")
     assert len(asked) == 1
 

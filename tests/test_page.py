@@ -456,7 +456,8 @@ class Ends(FakeEngine):
     ("text", "reason", "hint"),
     [
         ("", "stop", service.OTHERWISE), ("", "time", service.OTHERWISE), ("臣妾", "stop", ""),
-        ("臣妾", "time", service.FINISHED["time"]), ("臣妾", "length", service.FINISHED["length"]), ("", "cancelled", ""),
+        ("臣妾", "time", service.FINISHED["time"]), ("臣妾", "length", service.FINISHED["length"]),
+        ("", "cancelled", ""),
     ],
 )  # fmt: skip
 def test_a_reply_that_is_empty_or_cut_says_so(text, reason, hint):

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import gguf
 from chat import gguf_lora
 from chat.adapter import CONFIG, METRICS, RECIPE, WEIGHTS, Adapter
 from chat.checkpoints import Checkpoint, locate
-from chat.files import PART
+from chat.files import PART, write_text
 from page import conversation
 from tests import tiny
 from tests.conftest import TAUGHT
@@ -47,7 +48,8 @@ def trained(folder: Path) -> tuple[Adapter, Checkpoint]:
     """The tests' tiny adapter, trained as a user would, and its base."""
     base = tiny.make(folder / "tiny")
     os.environ["CHAT_CACHE"] = str(folder / "cache")
-    recipe = replace(TINY, base=str(base), dataset=(str(TAUGHT),), epochs=1, probe_replies=0, long_chats=0, reply_tokens=1)
+    made = {"base": str(base), "dataset": (str(TAUGHT),)}
+    recipe = replace(TINY, **made, epochs=1, probe_replies=0, long_chats=0, reply_tokens=1)  # type: ignore[arg-type]
     adapter = pipeline.run(Run(recipe=recipe, output=folder / "adapters" / "her", work=folder / "work"))
     assert adapter
     return adapter, locate(str(base))
@@ -63,16 +65,16 @@ def swapped(adapter: Adapter, checkpoint: Checkpoint) -> Callable[[], None]:
             part = folder.with_name(folder.name + PART)
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(folder, part)
-            for name in (METRICS, RECIPE):
-                adapter_files.write_json(part / name, json.loads((part / name).read_text()) | VERSION(version, name))
+            write_version(part, version)
             adapter_files.open_and_rename(part, folder, checkpoint)
 
     return work
 
 
-def VERSION(version: int, name: str) -> dict[str, Any]:  # noqa: N802 - as a constant with two holes
-    """The version where a file can hold it."""
-    return {"steps": version} if name == METRICS else {"seed": version}
+def write_version(folder: Path, version: int) -> None:
+    """Write the version into each file that can hold it."""
+    for name, key in ((METRICS, "steps"), (RECIPE, "seed")):
+        adapter_files.write_json(folder / name, json.loads((folder / name).read_text()) | {key: version})
 
 
 def read_version(folder: Path) -> int:
@@ -92,8 +94,8 @@ def written(adapter: Adapter) -> Callable[[], None]:
         while True:
             recipe.write(folder / RECIPE)
             adapter_files.write_json(folder / METRICS, metrics)
-            card.write_text(folder.parent / "README.md", card.ledger(folder.parent))
-            card.write_text(folder / "README.md", card.render(folder.name, folder, metrics))
+            write_text(folder.parent / "README.md", card.ledger(folder.parent))
+            write_text(folder / "README.md", card.render(folder.name, folder, metrics))
             gguf_lora.write(adapter, folder.parent / "her.gguf")
 
     return work
@@ -102,8 +104,7 @@ def written(adapter: Adapter) -> Callable[[], None]:
 def killed(scale: float, folder: Path, adapter: Adapter, checkpoint: Checkpoint) -> list[Row]:
     """kill -9 at random moments."""
     draw, tries = random.Random(0), round(KILLS * scale)
-    for name in (METRICS, RECIPE):
-        adapter_files.write_json(adapter.folder / name, json.loads((adapter.folder / name).read_text()) | VERSION(1, name))
+    write_version(adapter.folder, 1)
     found, versions = Counter[str](), set[int]()
     for _ in range(tries):
         number = child(swapped(adapter, checkpoint))
@@ -119,7 +120,7 @@ def killed(scale: float, folder: Path, adapter: Adapter, checkpoint: Checkpoint)
                 f"each time whole, {len(versions)} versions seen")]  # fmt: skip
     recipe, lora = Recipe.read(adapter.folder / RECIPE), adapter.folder.parent / "her.gguf"
     metrics = json.loads((adapter.folder / METRICS).read_text())
-    card.write_text(adapter.folder / "README.md", card.render(adapter.folder.name, adapter.folder, metrics))
+    write_text(adapter.folder / "README.md", card.render(adapter.folder.name, adapter.folder, metrics))
     gguf_lora.write(adapter, lora)
     whole = {path: content(path) for path in (adapter.folder / METRICS, adapter.folder / "README.md", lora)}
     found = Counter[str]()
@@ -134,8 +135,8 @@ def killed(scale: float, folder: Path, adapter: Adapter, checkpoint: Checkpoint)
             found.update(f"{path.name} is half" for path, body in whole.items() if content(path) != body)
         except (ValueError, OSError) as error:
             found[f"{type(error).__name__}: {str(error)[:100]}"] += 1
-    rows.append(row("kill -9 while recipe, metrics, card, ledger and GGUF are written", tries, found, "old or new each time"))
-    return rows
+    what = "kill -9 while recipe, metrics, card, ledger and GGUF are written"
+    return [*rows, row(what, tries, found, "old or new each time")]
 
 
 def content(path: Path) -> object:
@@ -213,7 +214,7 @@ def read(scale: float, folder: Path, adapter: Adapter, checkpoint: Checkpoint) -
     for damaged in damages(saved, draw):
         text = damaged.decode(errors="surrogateescape")
         tries += 1
-        note(found, "a saved talk", refused(lambda: conversation.read_transcript(text)))
+        note(found, "a saved talk", refused(partial(conversation.read_transcript, text)))
     return [row("adapter, recipe, examples and saved talks truncated, of another kind, changed, missing", tries, +found,
                 "each a sentence, or read as it was")]  # fmt: skip
 
@@ -242,7 +243,7 @@ def full(scale: float, folder: Path, adapter: Adapter, checkpoint: Checkpoint) -
     writers: dict[str, Callable[[], object]] = {
         "metrics": lambda: adapter_files.write_json(disk / "file", long),
         "recipe": lambda: replace(TINY, dataset=("长" * 10 * ROOM,)).write(disk / "file"),
-        "card": lambda: card.write_text(disk / "file", str(long)),
+        "card": lambda: write_text(disk / "file", str(long)),
         "GGUF LoRA": lambda: gguf_lora.write(adapter, disk / "file"),
     }
     found = Counter[str]()

@@ -93,7 +93,7 @@ def main() -> None:
         make(self, *given)
         services.append(self)
 
-    service.ChatService.__init__ = kept  # type: ignore[method-assign]
+    service.ChatService.__init__ = kept  # type: ignore[method-assign,assignment]
     page = app.build_page(engine)  # type: ignore[arg-type]
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, max_threads=3 * SLOTS + 40, **app.LAUNCH)
     print(url, flush=True)
