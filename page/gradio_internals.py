@@ -131,10 +131,10 @@ def refuse_malformed_calls(page: gr.Blocks) -> None:
             orjson.dumps(inputs)
             values = await preprocess(block_fn, inputs, *args, **kwargs)
             if any(
-                value is None and isinstance(block, gr.Dropdown)
+                isinstance(block, gr.Dropdown) and not isinstance(value, str)
                 for block, value in zip(block_fn.inputs, values, strict=True)
             ):
-                raise ValueError  # Gradio takes it for a choice
+                raise ValueError  # Gradio lets none and lists of choices pass
         except Exception:  # noqa: BLE001 - each component has errors of its own for what it cannot take
             raise gr.Error(MALFORMED, print_exception=False) from None
         blocks = zip(block_fn.inputs, values, strict=True)

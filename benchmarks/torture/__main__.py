@@ -43,13 +43,13 @@ def main() -> None:
     for name in args.parts:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            made = [{**row, "asked for": name} for row in PARTS[name](args.scale, Path(folder))]
-        rows = [row for row in rows if row["asked for"] != name] + made
+            made = [dict(row) for row in PARTS[name](args.scale, Path(folder))]
+        rows = [row for row in rows if row["part"] != made[0]["part"]] + made
         for row in made:
             print(f"{'held' if row['held'] else 'FAULT'}  {row['part']}: {row['what']} ×{row['times']}")
             print(f"      {row['found']}")
         print(f"      {name} took {time.monotonic() - began:.0f} s", flush=True)
-    rows.sort(key=lambda row: list(PARTS).index(row["asked for"]))
+    rows.sort(key=lambda row: list(PARTS).index(row["part"].lower()))
     results.save(NAME, rows, {}, scale=args.scale)
     sys.exit(not all(row["held"] for row in rows))
 
