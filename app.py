@@ -138,6 +138,7 @@ THEME = gr.themes.Soft(
 )
 LAUNCH: dict[str, Any] = {
     "max_file_size": 1,  # closes the upload route, which Gradio opens even to a page without files
+    "state_session_capacity": 2000,  # a session takes 0.1 MB, and a stranger can name as many as he likes
     "enable_monitoring": False,
     "run_history": False,
     "ssr_mode": False,

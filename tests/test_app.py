@@ -337,3 +337,18 @@ def test_the_pages_own_events_refuse_a_scene_that_is_none(serve, capfd, scene):
 def test_a_tally_that_is_none_counts_from_zero(tally):
     _, counted, *_ = compare_tab.count("left", ["scripted", "base"], tally)
     assert counted == {"adapter": 1, "base": 0, "even": 0}
+
+
+def test_sessions_that_strangers_name_are_forgotten_in_time(monkeypatch):
+    monkeypatch.setitem(app.LAUNCH, "state_session_capacity", min(3, app.LAUNCH["state_session_capacity"]))
+    page = app.build_page(FakeEngine("好"))
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+    try:
+        for number in range(6):
+            values = ["早", "永寿宫", "路人", "scripted", 0.7, 0.8, 20, 1.05, 256, -1]
+            body = {"data": values, "session_hash": f"s{number}"}
+            event = httpx.post(f"{url}gradio_api/call/chat", json=body).json()["event_id"]
+            assert "complete" in httpx.get(f"{url}gradio_api/call/chat/{event}").text
+        assert len(page.app.state_holder.session_data) <= 3
+    finally:
+        page.close(verbose=False)

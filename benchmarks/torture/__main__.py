@@ -50,7 +50,7 @@ def main() -> None:
             print(f"      {row['found']}")
         print(f"      {name} took {time.monotonic() - began:.0f} s", flush=True)
     rows.sort(key=lambda row: list(PARTS).index(row["part"].lower()))
-    results.save(NAME, rows, {}, scale=args.scale)
+    results.save(NAME, rows, {})
     sys.exit(not all(row["held"] for row in rows))
 
 
