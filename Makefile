@@ -9,7 +9,7 @@ GPU := $(shell command -v nvidia-smi)
 REQUIREMENTS ?= $(if $(GPU),requirements.txt,deploy/requirements.txt)
 DEMO := $(VENV)/$(subst /,-,$(REQUIREMENTS)).stamp
 
-.PHONY: demo test check smoke parity e2e engine-test kernel-test train space setup clean
+.PHONY: demo test check smoke parity e2e engine-test kernel-test torture train space setup clean
 
 demo: $(DEMO)  ## set up and open the page
 	$(BIN)/python app.py $(FLAGS)
@@ -37,6 +37,9 @@ engine-test: $(VENV)/develop.stamp .venv-engine/stamp  ## a real vLLM, on the CP
 
 kernel-test: $(VENV)/develop.stamp .venv-triton/stamp  ## the GPU's kernels in Triton's interpreter; 1 GB of disk
 	PYTHONPATH=.venv-triton $(BIN)/python -m pytest -n 0 -m kernels tests/test_kernels.py
+
+torture: $(VENV)/develop.stamp  ## faults, floods and forgeries: the table of docs/reliability.md, in some 18 minutes
+	$(BIN)/python -m benchmarks.torture $(FLAGS)
 
 train: $(VENV)/develop.stamp  ## the pocket recipe; RECIPE=huanhuan for the 7B
 	$(BIN)/python -m training.run $(or $(RECIPE),pocket)

@@ -9,6 +9,7 @@ import gc
 import logging
 import mimetypes
 import os
+import socket
 import sys
 from dataclasses import asdict
 from hashlib import sha256
@@ -33,20 +34,21 @@ from page import gradio_internals  # before gradio
 
 # isort: split
 import gradio as gr
+from fastapi.exceptions import RequestValidationError
 from gradio.events import api
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from chat import ENGINES, load
+from chat import ENGINES, load, machine
 from chat.bases import MEMORY_7B
 from chat.engine import BASE_ONLY, ChatEngine
 from chat.persona import NAME, PASSER_BY, SCENES
 from chat.sampling import PARAMETERS
 from page import compare_tab, conversation, metrics
 from page.chat_tab import ChatTab, about, visitor_id
-from page.http import Caching, Security
+from page.http import Caching, Security, refuse_body
 from page.i18n import BROWSER, ENGLISH, LANGUAGES, VISITORS, browser_module, text
 from page.service import MAX_SEED, MAX_WAITING, ChatRequest, ChatService
 
@@ -160,6 +162,7 @@ THEME = gr.themes.Soft(
 )
 LAUNCH: dict[str, Any] = {
     "max_file_size": 1,  # closes the upload route, which Gradio opens even to a page without files
+    "state_session_capacity": 2000,  # a session takes 0.1 MB, and a stranger can name as many as he likes
     "enable_monitoring": False,
     "run_history": False,
     "ssr_mode": False,
@@ -170,17 +173,30 @@ LAUNCH: dict[str, Any] = {
     "app_kwargs": {
         "middleware": [Middleware(Security), Middleware(Caching)],
         "routes": [Route("/health", health), Route("/page-static/{digest}/{name}", static)],
+        "exception_handlers": {RequestValidationError: refuse_body},
     },
 }
 
 
+def host(value: str) -> str:
+    """An address to listen on. Raises ArgumentTypeError at once: Gradio would try it with a hundred ports first."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(value.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listening:
+            listening.bind(address)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{value} is no address of this machine ({error.strerror})") from error
+    return value
+
+
 def main() -> None:
     """Load the engine of this machine and open the page."""
+    machine.allow_any_terminal()
     parser = argparse.ArgumentParser(description="Open the page of Chat-甄嬛.")
     parser.add_argument("--base", help="small, medium, 7b, or a folder; by default what fits this machine")
     parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
     parser.add_argument("--engine", choices=ENGINES, help="by default what fits this machine")
-    parser.add_argument("--host", help="address to listen on; 0.0.0.0 lets other machines in")
+    parser.add_argument("--host", type=host, help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, help="by default the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="also open a public link")
     parser.add_argument("--mcp", action="store_true", help="also offer her as a tool to MCP clients")
@@ -203,7 +219,7 @@ def main() -> None:
         gc.freeze()
         gc.enable()
         page.block_thread()
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, OverflowError) as error:  # the last for a port above 65535
         sys.exit(f"Chat-甄嬛 cannot start: {error}")
 
 

@@ -1,6 +1,6 @@
 """Results of the benchmarks: written as JSON with machine, versions and date, shown as tables in the README.
 
-python -m benchmarks.results    writes the tables of benchmarks/README.md anew
+python -m benchmarks.results    writes the tables of benchmarks/README.md and of docs/reliability.md anew
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
-README = Path(__file__).parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = (Path(__file__).parent / "README.md", DOCS / "reliability.md", DOCS / "reliability_zh.md")
 TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PACKAGES = ("torch", "transformers", "peft", "xllamacpp", "gradio")
 
@@ -82,14 +83,15 @@ def table(name: str) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return "" if value is None else str(value)
+    return "" if value is None else {True: "yes", False: "NO"}[value] if isinstance(value, bool) else str(value)
 
 
 def main() -> None:
-    """Put each table between its marks in the README."""
+    """Put each table between its marks on the pages."""
     argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0]).parse_args()
-    text = README.read_text(encoding="utf-8")
-    README.write_text(TABLE.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text), encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(TABLE.sub(lambda m: f"{m[1]}{table(m[2])}\n{m[3]}", text), encoding="utf-8")
 
 
 if __name__ == "__main__":

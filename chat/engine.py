@@ -2,6 +2,7 @@
 
 import os
 import queue
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
-from chat.persona import Message
+from chat.persona import Message, Refused
 from chat.sampling import Sampling
 
 BASE_ONLY = "base"  # the adapter name that means: none, the base as it is
@@ -103,10 +104,10 @@ class InferenceThreads(ThreadPoolExecutor):
 
 
 def check_adapters(adapters: Sequence[str], served: Sequence[str]) -> None:
-    """Raise ValueError for an adapter that is not served, with the choice."""
+    """Raise Refused for an adapter that is not served, with the choice."""
     for adapter in adapters:
         if adapter not in served:
-            raise ValueError(f"There is no adapter {adapter!r}; choose one of {', '.join(served)}.")
+            raise Refused(f"There is no adapter {reprlib.repr(adapter)}; choose one of {', '.join(served)}.")
 
 
 def max_num_seqs(default: int, prefix: str = "", settings: Mapping[str, str] = os.environ) -> int:
@@ -183,5 +184,5 @@ class ChatEngine(Protocol):
         """Generate a reply with each of the adapters, or with `continue_final_message` continue the last message.
 
         Chunks of different rows may be interleaved. Closing the iterator or setting `cancel` stops the model.
-        Raises ValueError for an unknown adapter or too long a question, Busy, Stalled, Unavailable, or as loading did.
+        Raises Refused for an unknown adapter or too long a question, Busy, Stalled, Unavailable, or as loading did.
         """

@@ -1,14 +1,15 @@
 """A PEFT LoRA as a GGUF LoRA: what llama.cpp, and with it Ollama, opens beside the base's GGUF."""
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 import safetensors
+from filelock import FileLock
 
 from chat.adapter import CONFIG, WEIGHTS, Adapter, to_numpy
 from chat.download import cache, digest
+from chat.files import whole
 
 # llama.cpp's names of the layers that PEFT adapts (gguf-py, tensor_mapping.py).
 LAYERS = {
@@ -23,8 +24,10 @@ def cached(adapter: Adapter) -> Path:
     """The path of the adapter's GGUF LoRA in our cache, named by the digest of its weights and config; written once."""
     source = f"{digest(adapter.folder / WEIGHTS)[:16]}-{digest(adapter.folder / CONFIG)[:8]}"
     path = cache() / "gguf" / f"lora-{source}-{FORMAT}.gguf"
-    if not path.exists():
-        write(adapter, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            write(adapter, path)
     return path
 
 
@@ -40,14 +43,12 @@ def write(adapter: Adapter, path: Path) -> None:
     if adapter.dora:
         raise ValueError(NO_DORA.format(name=adapter.name))
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports each file that it writes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    writer = gguf.GGUFWriter(part, "qwen2")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_name(adapter.name)
-    writer.add_float32("adapter.lora.alpha", adapter.alpha)
-    try:
+    with whole(path) as part:
+        writer = gguf.GGUFWriter(part, "qwen2")
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_name(adapter.name)
+        writer.add_float32("adapter.lora.alpha", adapter.alpha)
         for name, tensor in safetensors.deserialize((adapter.folder / WEIGHTS).read_bytes()):
             # base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight
             *_, layer, _, module, matrix, _ = name.split(".")
@@ -58,6 +59,3 @@ def write(adapter: Adapter, path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What this machine has: free memory, usable cores, an NVIDIA or AMD GPU for torch."""
 
 import ctypes
+import io
 import os
 import sys
 from importlib.util import find_spec
@@ -36,6 +37,13 @@ def usable_cores() -> int:
         return usable if quota == "max" else max(1, min(usable, round(int(quota) / int(period))))
     except (OSError, ValueError):
         return usable
+
+
+def allow_any_terminal() -> None:
+    """Let what the terminal's encoding does not have be printed as escapes: Chinese would end the program elsewhere."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def has_gpu() -> bool:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import anyio
@@ -14,9 +13,9 @@ import httpx
 from httpx_sse import EventSource, SSEError
 
 from chat.adapter import check_name
-from chat.download import Unavailable
+from chat.download import Unavailable, parse_retry_after
 from chat.engine import BASE_ONLY, Busy, Chunk, Chunks, FinishReason, Usage
-from chat.persona import GREETING, OPENERS, Message
+from chat.persona import GREETING, OPENERS, Message, Refused
 from chat.prompt import template_messages
 from chat.sampling import Sampling
 
@@ -24,8 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_MODEL_LEN = 4096  # tokens of prompt and reply together, where the server does not say
 STOP = "<|im_end|><|endoftext|>"  # the template's terminator and the tutorial's
+MAX_PORT = 65535
 USAGE_SECONDS = 2.0  # that the count of tokens may come after the last token
-LONGEST_RETRY_AFTER = 30.0  # seconds; a server that names more is asked again after these
 PROBE: list[Message] = [
     {"role": "user", "content": OPENERS[0]}, {"role": "assistant", "content": GREETING},
     {"role": "user", "content": OPENERS[1]},
@@ -43,6 +42,10 @@ class Timeouts:
     retries: float = 90  # with servers that are full or away, before the first token
     backoff: float = 0.5  # before the first retry; doubled for each later one
     poll: float = 5  # between two lists of what a server serves
+
+
+class NoModels(ValueError):
+    """What a server sends as the list of its models is none."""
 
 
 @dataclass
@@ -68,12 +71,11 @@ class Server:
     """An address, and what is known of it. `poll` sets `up`; the engine unsets it when a reply fails."""
 
     def __init__(self, url: str, client: httpx.AsyncClient, timeouts: Timeouts, base: str = "") -> None:
-        parsed = httpx.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
-            raise ValueError("ENGINE_URL holds no address like https://engine:8000/v1. A key belongs into ENGINE_KEY.")
-        self.url, self.client, self.timeouts = url.rstrip("/"), client, timeouts
+        parsed = parse_url(url)
+        self.url, self.client, self.timeouts = str(parsed).rstrip("/"), client, timeouts
         self.name = parsed.netloc.decode()  # for the log
         self.up, self.refused = False, ""
+        self.fault = ""  # why it was away at the last poll
         self.running = 0  # replies
         self.named, self.base, self.max_model_len = base, base, MAX_MODEL_LEN
         self.models: dict[str, str] = {}  # an adapter's name → what the server calls it
@@ -82,16 +84,19 @@ class Server:
 
     async def poll(self) -> None:
         """List its models, and compare its prompt with ours when it comes up; `refused` says why it is not used."""
+        up, refused, fault = True, "", ""
         try:
-            await self._list_models()
+            with anyio.fail_after(self.timeouts.connect):  # httpx's own time-out begins anew with each byte
+                await self._list_models()
             if not self.up:
-                await self._compare_prompts()
-            up, self.refused = True, ""
+                with anyio.fail_after(4 * self.timeouts.first_token):
+                    await self._compare_prompts()
         except Exception as error:  # noqa: BLE001 - whatever a server sends, it must not end the polling
-            up, self.refused = False, str(error) if isinstance(error, Unavailable) else ""
-        if up != self.up:
-            log.info("%s %s", self.name, "answers." if up else f"is left out. {self.refused}")
-        self.up = up
+            up, refused = False, str(error) if isinstance(error, Unavailable) else ""
+            fault = refused or f"{self.name} {_fault(error)}."
+        if fault != self.fault or up != self.up:
+            log.info("%s", f"{self.name} answers." if up else f"{self.name} is left out: {fault}")
+        self.up, self.refused, self.fault = up, refused, fault
 
     async def _list_models(self) -> None:
         """Learn the base and the adapters, named `adapter` (vLLM, SGLang) or `base:adapter` (Ray Serve)."""
@@ -102,10 +107,12 @@ class Server:
             raise Unavailable(f"{self.name} sends us elsewhere, which is not followed. Name that address itself.")
         if not self.named or response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
             response.raise_for_status()
-        listed = response.json().get("data", []) if response.is_success else []
+        listed = parse_models(response.content) if response.is_success else []
         base: dict[str, Any] = next((model for model in listed if not model.get("parent")), {})
+        if not self.named and not base:
+            raise Unavailable(f"{self.name} lists no base. Name it with ENGINE_BASE.")
         self.base = self.named or base["id"]
-        self.max_model_len = int(base.get("max_model_len") or MAX_MODEL_LEN)
+        self.max_model_len = base.get("max_model_len") or MAX_MODEL_LEN
         models = {BASE_ONLY: self.base}
         for model in listed:
             name = model["id"].removeprefix(f"{self.base}:")
@@ -168,7 +175,7 @@ class Server:
     async def generate(self, request: Request) -> Usage:
         """Put a reply into the request's queue as it comes, and return what it took.
 
-        Raises Busy, ValueError for a question that the server refuses, and Unavailable for all else that is no reply.
+        Raises Busy, Refused for a question that the server does not take, Unavailable for all else that is no reply.
         """
         (path, body), finish_reason = self.body(request), ""
         self.running += 1
@@ -212,7 +219,7 @@ class Server:
             raise Busy(f"{self.name} takes OpenAI's own fields only.")
         if status in (httpx.codes.BAD_REQUEST, httpx.codes.REQUEST_ENTITY_TOO_LARGE, httpx.codes.UNPROCESSABLE_ENTITY):
             log.warning("%s refused a question with status %d.", self.name, status)
-            raise ValueError("引擎不收这一句，请缩短些再问。 The engine refused it; ask in fewer words.")
+            raise Refused("引擎不收这一句，请缩短些再问。 The engine refused it; ask in fewer words.")
         if not response.is_success:
             raise Unavailable(f"{self.name} answers with status {status}.")
 
@@ -221,6 +228,36 @@ def chatml(messages: Sequence[Message], continue_final_message: bool = False) ->
     """The prompt as text: what the template of every base here makes; `Server.poll` checks that a server's does too."""
     text = "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in template_messages(messages))
     return text.removesuffix("<|im_end|>\n") if continue_final_message else f"{text}<|im_start|>assistant\n"
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"gives status {error.response.status_code} for {error.request.url.path}"
+    return str(error) if isinstance(error, NoModels) else f"does not answer ({type(error).__name__})"
+
+
+def parse_url(url: str) -> httpx.URL:
+    """An address of ENGINE_URL; where it has no path, /v1 is added, as every such server has it. Raises ValueError."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    named = parsed.scheme in ("http", "https") and parsed.host and "%" not in parsed.host
+    if not named or parsed.userinfo or (parsed.port or 1) > MAX_PORT:
+        raise ValueError("ENGINE_URL holds no address like https://engine:8000/v1. A key belongs into ENGINE_KEY.")
+    return parsed.copy_with(path="/v1") if parsed.path in ("", "/") else parsed
+
+
+def parse_models(answer: bytes) -> list[dict[str, Any]]:
+    """The models of a server's list, each with an id and perhaps a length. Raises NoModels."""
+    try:
+        listed = json.loads(answer)["data"]
+        for model in listed:
+            if not model["id"].encode() or not isinstance(model.get("max_model_len") or 0, int):
+                raise ValueError
+        return list(listed)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise NoModels("lists what are no models") from error
 
 
 def parse_event(data: str) -> tuple[str, str, int]:
@@ -232,18 +269,10 @@ def parse_event(data: str) -> tuple[str, str, int]:
         choice = (found.get("choices") or [{}])[0]
         text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
         finish_reason = choice.get("finish_reason") or ""
-        tokens = int((found.get("usage") or {}).get("completion_tokens") or 0)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        tokens = max(0, int((found.get("usage") or {}).get("completion_tokens") or 0))
+        text.encode()  # half a surrogate pair would break the page's own stream
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise Unavailable(f"The engine sent what is no reply ({type(error).__name__}).") from error
-    if not isinstance(text, str) or finish_reason in ("abort", "error"):
+    if finish_reason in ("abort", "error"):
         raise Unavailable("The engine broke off.")
     return text, finish_reason, tokens
-
-
-def parse_retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for, given in seconds or as a date; none where it says nothing."""
-    try:
-        seconds = float(value) if value.isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-        return min(max(seconds, 0), LONGEST_RETRY_AFTER)
-    except (ValueError, TypeError, OverflowError):
-        return 0

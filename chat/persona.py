@@ -1,5 +1,6 @@
 """Who 甄嬛 is, the scenes of her life, and who may speak to her. Only this file holds the system prompt."""
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -66,6 +67,14 @@ SILENT = "你只静静站着，一句话也不说，叫本宫如何答你？"
 LONG_WINDED = "这话太长，本宫听得糊涂了，拣要紧的说罢。"
 
 
+class Refused(ValueError):
+    """What a visitor asks for cannot be done: a hint that he may read, as no other ValueError, and her line to it."""
+
+    def __init__(self, hint: str, line: str = UNWELL) -> None:
+        super().__init__(hint)
+        self.line = line
+
+
 class Message(TypedDict):
     """A message in the form that chat templates take."""
 
@@ -79,21 +88,21 @@ def with_system_prompt(messages: Iterable[Message]) -> list[Message]:
 
 
 def scene_named(name: str) -> Scene:
-    """The scene of that name. Raises ValueError when there is none."""
+    """The scene of that name. Raises Refused when there is none."""
     for scene in SCENES:
         if scene.name == name:
             return scene
-    raise ValueError(f"There is no scene {name!r}; choose one of {', '.join(scene.name for scene in SCENES)}.")
+    raise Refused(f"There is no scene {reprlib.repr(name)}; choose one of {', '.join(scene.name for scene in SCENES)}.")
 
 
 def with_scene(messages: Iterable[Message], scene: str = SCENES[0].name, visitor: str = PASSER_BY) -> list[Message]:
     """The messages, each of the visitor's with the scene and his name before it, in brackets.
 
     Every message of his carries them, so that trimming cannot drop them. The first scene and a passer-by are left out.
-    Raises ValueError for an unknown scene, or for a visitor who cannot come to her in it.
+    Raises Refused for an unknown scene, or for a visitor who cannot come to her in it.
     """
     if visitor not in (visitors := scene_named(scene).visitors):
-        raise ValueError(f"{visitor} does not come to her in {scene}; {', '.join(visitors)} may.")
+        raise Refused(f"{reprlib.repr(visitor)} does not come to her in {scene}; {', '.join(visitors)} may.")
     names = [name for name, default in ((scene, SCENES[0].name), (visitor, PASSER_BY)) if name != default]
     cue = f"（{'·'.join(names)}）" if names else ""
     return [{**each, "content": cue + each["content"]} if each["role"] == "user" else each for each in messages]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from chat.persona import Message, with_system_prompt
+from chat.persona import Message, Refused, with_system_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -64,7 +64,7 @@ def trim(tokenizer: "ChatTokenizer", messages: Sequence[Message], limit: int,
     """Keep the newest messages, from a question on, whose prompt is at most `limit` tokens long.
 
     Returns the messages kept and their prompt ids. It tokenizes from the end, so that a forged history of any length
-    costs no more than one that fits. Raises ValueError when the last question alone is too long.
+    costs no more than one that fits. Raises Refused when the last question alone is too long.
     """
     kept: tuple[list[Message], list[int]] | None = None
     for start in reversed([i for i, message in enumerate(messages) if message["role"] == "user"] or [-1]):
@@ -73,5 +73,5 @@ def trim(tokenizer: "ChatTokenizer", messages: Sequence[Message], limit: int,
             break
         kept = list(messages[start:]), ids
     if not kept:
-        raise ValueError(f"The question is {len(ids)} tokens long, {limit} fit. Ask it in fewer words.")
+        raise Refused(f"The question is {len(ids)} tokens long, {limit} fit. Ask it in fewer words.")
     return kept

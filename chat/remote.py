@@ -62,21 +62,30 @@ class RemoteEngine:
             timeout=httpx.Timeout(None, connect=timeouts.connect),
         )  # fmt: skip
         urls = settings["ENGINE_URL"].replace(",", " ").split()
+        if not urls:
+            raise ValueError("ENGINE_URL names no address. Write one like https://engine:8000/v1, or unset it.")
         self.servers = [Server(url, client, timeouts, base) for url in urls]
         polled: Future[BlockingPortal] = Future()
         threading.Thread(target=anyio.run, args=(self._run, polled), name="remote", daemon=True).start()
         self._portal = polled.result()
 
     async def _run(self, polled: "Future[BlockingPortal]") -> None:
-        """Poll every server again and again: one that is away, or back, or serves other adapters, is noticed."""
-        async with BlockingPortal() as portal:
-            while True:
-                async with anyio.create_task_group() as group:
-                    for server in self.servers:
-                        group.start_soon(server.poll)
-                if not polled.done():
-                    polled.set_result(portal)
-                await anyio.sleep(self._timeouts.poll)
+        """Poll every server again and again, apart from the others: a slow one holds up the start for some seconds."""
+        first = [(server, anyio.Event()) for server in self.servers]
+        async with BlockingPortal() as portal, anyio.create_task_group() as group:
+            for server, done in first:
+                group.start_soon(self._watch, server, done)
+            with anyio.move_on_after(2 * self._timeouts.connect):
+                for _, done in first:
+                    await done.wait()
+            polled.set_result(portal)
+
+    async def _watch(self, server: Server, done: anyio.Event) -> None:
+        """Notice when a server is away, or back, or serves other adapters; `done` is set after the first look."""
+        while True:
+            await server.poll()
+            done.set()
+            await anyio.sleep(self._timeouts.poll)
 
     def wait(self, seconds: float = 0) -> None:
         """Wait so long for a server to answer. Raises ValueError when one is refused, Unavailable when none answers."""
@@ -85,7 +94,8 @@ class RemoteEngine:
             if refused := [server.refused for server in self.servers if server.refused]:
                 raise ValueError(refused[0])
             if time.monotonic() > deadline:
-                raise Unavailable("No engine answers. Start it, or correct ENGINE_URL.")
+                faults = " ".join(server.fault for server in self.servers)
+                raise Unavailable(f"No engine answers. {faults} Start it, or correct ENGINE_URL.")
             time.sleep(self._timeouts.poll)
 
     @property

@@ -1,12 +1,12 @@
-"""The sampling parameters: each is declared here alone, with its range; the page, the API and the engines read them.
-
-Standard library only.
-"""
+"""The sampling parameters: each is declared here alone, with its range; the page, the API and the engines read them."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, cast
+
+from chat.persona import Refused
 
 MAX_NEW_TOKENS = 512
 MIN_TEMPERATURE = 0.01  # the lowest that is not greedy: logits are divided by it
@@ -20,7 +20,7 @@ def _parameter(default: float, low: float, high: float, step: float) -> Any:
 class Sampling:
     """How the next token is drawn; the defaults are those of Qwen2.5's generation_config.json. Temperature 0 is greedy.
 
-    Raises ValueError for a value out of range: the page's API takes what strangers send.
+    Raises Refused for a value out of range: the page's API takes what strangers send.
     """
 
     temperature: float = _parameter(0.7, 0, 2, 0.05)
@@ -34,9 +34,9 @@ class Sampling:
         for name, parameter in PARAMETERS.items():
             value, low, high = getattr(self, name), parameter.metadata["low"], parameter.metadata["high"]
             if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}; choose a number from {low} to {high}.")
+                raise Refused(f"{name} is {reprlib.repr(value)}; choose a number from {low} to {high}.")
         if 0 < self.temperature < MIN_TEMPERATURE:
-            raise ValueError(f"temperature is {self.temperature!r}; choose 0, or a number from {MIN_TEMPERATURE} to 2.")
+            raise Refused(f"temperature is {self.temperature!r}; choose 0, or a number from {MIN_TEMPERATURE} to 2.")
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], seed: int | None = None) -> "Sampling":

@@ -18,6 +18,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from chat.download import Unavailable
+from chat.machine import allow_any_terminal
 from chat.persona import SCENES
 from training.data import FULL_FILE, load
 from training.evaluate.long_chats import LINES, LONG_CHATS, TALKS
@@ -205,6 +206,7 @@ class Dialogue:
 
 def main() -> None:
     """Check the files, print each fault and the counts, and end with status 1 if there is one; or write the card."""
+    allow_any_terminal()
     parser = argparse.ArgumentParser(prog="python -m dataset.check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="JSON Lines of messages; by default those in dataset/")
     parser.add_argument("--card", action="store_true", help="write the counts and the picture of dataset/README.md")

@@ -7,21 +7,13 @@ from typing import Any, Literal, cast, get_args
 
 from chat import persona
 from chat.engine import MAX_CHARACTERS, MAX_TURNS
-from chat.persona import PASSER_BY, SCENES, Message
+from chat.persona import PASSER_BY, SCENES, Message, Refused
 
 HINT = "\n\n〔"  # opens a plain hint below her words; a history is cut there
 MAX_MESSAGE = 2 * MAX_CHARACTERS  # characters of one message in a history
 MAX_REQUEST = 1_000_000  # characters of what the browser sends
 MAX_ID = 64  # characters of each id of the browser's
 Mode = Literal["ask", "continue", "suggest"]
-
-
-class Refused(Exception):
-    """A message she does not answer: her line, and the hint for the visitor."""
-
-    def __init__(self, line: str, hint: str) -> None:
-        super().__init__(hint)
-        self.line = line
 
 
 def plain_text(content: object) -> str:
@@ -55,9 +47,9 @@ def question(content: object) -> Message:
 def check_question(message: Message) -> None:
     """Raise Refused when the visitor's words are none or too many."""
     if not message["content"]:
-        raise Refused(persona.SILENT, "请先写几个字。 Write a few words first.")
+        raise Refused("请先写几个字。 Write a few words first.", persona.SILENT)
     if len(message["content"]) > MAX_CHARACTERS:
-        raise Refused(persona.LONG_WINDED, f"每句至多 {MAX_CHARACTERS} 字。 At most {MAX_CHARACTERS} characters.")
+        raise Refused(f"每句至多 {MAX_CHARACTERS} 字。 At most {MAX_CHARACTERS} characters.", persona.LONG_WINDED)
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,7 @@ class TalkRequest:
             if len(text) > MAX_REQUEST:
                 raise ValueError
             data = json.loads(text)
+            json.dumps(data, ensure_ascii=False).encode()  # no lone surrogate
             mode, messages = str(data["mode"]), read_history(data["messages"])
             ids = {key: str(data.get(key, ""))[:MAX_ID] for key in ("talk", "turn", "reply")}
             where = {key: str(data.get(key, default)) for key, default in _DEFAULTS.items()}

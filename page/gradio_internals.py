@@ -18,6 +18,7 @@ import gradio.queueing
 import gradio.route_utils
 import gradio.routes
 import gradio.utils
+import orjson
 from gradio.blocks import Block, BlocksConfig
 from gradio.events import EventListenerMethod
 from jinja2 import ChoiceLoader, DictLoader
@@ -60,14 +61,23 @@ for _module in (gradio.queueing, gradio.route_utils, gradio.routes):
 
 
 def explain_bad_inputs(page: gr.Blocks) -> None:
-    """Tell a caller of the API what is wrong with his values: Gradio sends an empty error, and logs the values."""
+    """Tell a caller of the API what is wrong with his values: Gradio sends an empty error, and logs the values.
+
+    Lone surrogates and deep nesting it passes on, and breaks off the tab's stream of events when they come back:
+    orjson, which writes that, refuses both.
+    """
     preprocess_data = page.preprocess_data
 
-    async def explained(event: Any, inputs: list[Any], *rest: Any, **named: Any) -> Any:
+    async def explained(event: Any, inputs: list[Any], *rest: Any, **named: Any) -> list[Any]:
         try:
-            return await preprocess_data(event, inputs, *rest, **named)
+            orjson.dumps(inputs)
+            values = await preprocess_data(event, inputs, *rest, **named)
+            pairs = list(zip(event.inputs, values, strict=True))
+            if any(isinstance(block, gr.Dropdown) and not isinstance(value, str) for block, value in pairs):
+                raise ValueError  # Gradio lets none and lists of choices pass
         except Exception as error:  # noqa: BLE001 - whatever Gradio's components raise at a stranger's values
             raise gr.Error(_bad_inputs(page, event, inputs, error), print_exception=False) from None
+        return ["" if value is None and isinstance(block, gr.Textbox) else value for block, value in pairs]
 
     setattr(page, "preprocess_data", explained)  # noqa: B010 - mypy takes no such function
 

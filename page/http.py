@@ -8,7 +8,8 @@ from hashlib import sha256
 import brotli
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -101,6 +102,11 @@ class Caching:
 
         asked = scope["type"] == "http" and scope["method"] == "GET"
         await self.app(scope, receive, hold if asked else send)
+
+
+async def refuse_body(request: Request, error: Exception) -> Response:
+    """Answer a body that is no call. FastAPI would send it back, whatever its length, and fails where it cannot."""
+    return PlainTextResponse("The body of this call cannot be read. /gradio_api/info says how to call.", 422)
 
 
 def _is_file(start: Message) -> bool:

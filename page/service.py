@@ -5,6 +5,7 @@ here: it becomes a line in character and a plain hint.
 """
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -16,10 +17,10 @@ from gradio import Error
 
 from chat import persona
 from chat.engine import Busy, ChatEngine, Chunk, Stalled, Usage
-from chat.persona import Message
+from chat.persona import Message, Refused
 from chat.sampling import PARAMETERS, Sampling
 from page import metrics
-from page.conversation import HINT, Refused, check_question
+from page.conversation import HINT, check_question
 from page.rate_limiter import Exceeded, RateLimiter
 from page.waiting_queue import POLL_SECONDS, Full, WaitingQueue
 
@@ -46,8 +47,12 @@ ZERO_GPU = {
     "ask again in some minutes, or reload the page.",
 }
 OTHERWISE = "这一句没有说完，请按「重试」。 The reply failed; press Retry."
+FINISHED = {
+    "length": "话到此处已满，可按「接着说」。 Cut at the length limit; press Continue.",
+    "time": "时候到了，可按「接着说」。 Cut at the time limit; press Continue.",
+}
 STALLED = "引擎没有响应，请过几分钟再问。 The engine does not respond; ask again in some minutes."
-NO_MEMORY = "显存不够了：请缩短这一句，或清空对话。 Out of memory: ask in fewer words, or clear the conversation."
+NO_MEMORY = "内存或显存不够了：请缩短这一句，或清空对话。 Out of memory: ask in fewer words, or clear the conversation."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +70,11 @@ class ChatRequest:
         return cls(scene=scene, visitor=visitor, adapter=adapter, numbers=dict(zip(NUMBERS, numbers, strict=True)))
 
     def sampling(self) -> Sampling:
-        """Checked, with a seed drawn where none was given, so that any reply can be had again. Raises ValueError."""
+        """Checked, with a seed drawn where none was given, so that any reply can be had again. Raises Refused."""
         numbers = dict(self.numbers)
         seed = -1 if (given := numbers.pop("seed", None)) is None else given
-        if not seed <= MAX_SEED:
-            raise ValueError(f"The seed is {seed:.0f}; choose one up to {MAX_SEED}, or -1 for a new one.")
+        if not isinstance(seed, int | float) or not -math.inf < seed <= MAX_SEED:
+            raise Refused(f"The seed is not a number up to {MAX_SEED}, nor -1 for a new one.")
         return Sampling.parse(numbers, seed=secrets.randbelow(MAX_SEED) if seed < 0 else int(seed))
 
 
@@ -152,7 +157,7 @@ class ChatService:
                             continue
                         reply = Reply(replies[chunk.row].text + chunk.text)
                         if chunk.usage:
-                            reply = Reply(reply.text, _final_hint(chunk.usage), chunk.usage, sampling.seed)
+                            reply = Reply(reply.text, _final_hint(chunk.usage, reply.text), chunk.usage, sampling.seed)
                             metrics.count(adapters[chunk.row], chunk.usage)
                             self.rate_limiter.spend(visitor_id, chunk.usage.tokens)
                         replies[chunk.row] = reply
@@ -183,19 +188,22 @@ def _with_hint(replies: Sequence[Reply], line: str, hint: str) -> tuple[Reply, .
     return tuple(replace(reply, text=reply.text or line, hint=hint) for reply in replies)
 
 
-def _final_hint(usage: Usage) -> str:
-    hints = []
-    if usage.finish_reason == "length":
-        hints.append("话到此处已满，可按「接着说」。 Cut at the length limit; press Continue.")
+def _final_hint(usage: Usage, text: str) -> str:
+    hints = [FINISHED[usage.finish_reason]] if usage.finish_reason in FINISHED else []
+    if not text and usage.finish_reason != "cancelled":
+        hints = [OTHERWISE]
     if dropped := usage.dropped_messages:
         hints.append(f"最早的 {dropped} 句她已记不得了。 The oldest {dropped} messages no longer fit.")
     return " ".join(hints)
 
 
 def error_message(error: Exception) -> tuple[str, str]:
-    """Her line for what went wrong, and a plain hint; what is not the visitor's doing is logged, without his words."""
+    """Her line for what went wrong, and a plain hint: one of ours, never the text of an error that others raised.
+
+    What is not the visitor's doing is logged, without his words.
+    """
     if isinstance(error, Refused):
-        return error.line, str(error)
+        return error.line, f"此问不成：{error}" if error.line == persona.UNWELL else str(error)
     if isinstance(error, Full | Busy):
         return persona.CROWDED, "候着的人太多，请过一会儿再问。 Too many are waiting; ask again in a while."
     if isinstance(error, Exceeded):
@@ -203,9 +211,13 @@ def error_message(error: Exception) -> tuple[str, str]:
     if isinstance(error, Stalled):
         log.error(error)
         return persona.UNWELL, STALLED
-    if isinstance(error, Error):  # a ValueError too, so it is asked for first
+    if isinstance(error, Error):
         return persona.UNWELL, ZERO_GPU.get(error.title, OTHERWISE)
-    if isinstance(error, ValueError):
-        return persona.UNWELL, f"此问不成：{error}"
     log.exception("A reply failed")
-    return persona.UNWELL, NO_MEMORY if type(error).__name__ == "OutOfMemoryError" else OTHERWISE
+    return persona.UNWELL, NO_MEMORY if _out_of_memory(error) else OTHERWISE
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On a GPU torch has a class for it, on a CPU a RuntimeError; numpy and Python have MemoryError."""
+    named = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return named or isinstance(error, MemoryError)

@@ -48,6 +48,7 @@ class EngineServer(Server):
         self.tokenizes, self.counts, self.added = True, True, ""  # `added`: what its template puts before our prompt
         self.requests, self.headers, self.gone, self.running, self.peak = [], [], threading.Event(), 0, 0
         self.sent = 0  # events
+        self.drips = 0.0  # seconds between two bytes of its list of models
         self.lock = threading.Lock()
 
     @property
@@ -81,7 +82,21 @@ class _Engine(Quiet):
         if owner.models_answer:
             status, headers, body = owner.models_answer
             return self.answer(status, body, **headers)
+        if owner.drips:
+            return self._drip(owner.drips)
         return self.answer(200, {"object": "list", "data": owner.cards()})
+
+    def _drip(self, pause):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.close_connection = True
+        try:
+            for _ in range(1000):
+                self.wfile.write(b" ")
+                time.sleep(pause)
+        except OSError:
+            pass
 
     def do_POST(self):  # noqa: N802
         owner = self.server.owner

@@ -40,11 +40,14 @@ class Quiet(BaseHTTPRequestHandler):
 
 
 class FileServer(Server):
-    """Serves bytes with ranges. `break_after` closes the connection after so many bytes, once."""
+    """Serves bytes with ranges. `break_after` closes the connection after so many bytes, once.
+
+    `refusals` are statuses with headers, each used up by one request.
+    """
 
     def __init__(self):
         super().__init__(_Files)
-        self.files, self.asked, self.break_after = {}, [], None
+        self.files, self.asked, self.break_after, self.refusals = {}, [], None, []
 
     def serve(self, name, body):
         self.files[f"/{name}"] = body
@@ -59,6 +62,9 @@ class _Files(Quiet):
     def do_GET(self):
         owner, wanted = self.server.owner, self.headers.get("Range")
         owner.asked.append((self.path, wanted))
+        if owner.refusals:
+            status, headers = owner.refusals.pop(0)
+            return self.answer(status, **headers)
         body = owner.files.get(self.path)
         if body is None:
             return self.answer(404)

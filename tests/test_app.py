@@ -1,6 +1,7 @@
 """The page on a real server: what a visitor, or a stranger with the API's address, meets."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 
+import httpx
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -193,7 +195,7 @@ def test_the_page_says_that_an_adapter_is_gone_and_not_where_it_was():
 
 def test_notes_on_length_and_dropped_messages_are_plain_and_cut_from_the_history():
     usage = Usage("length", 5, 0.1, 1, dropped_messages=4)
-    said = service.Reply("臣妾", service._final_hint(usage)).shown
+    said = service.Reply("臣妾", service._final_hint(usage, "臣妾")).shown
     assert "接着说" in said and "4 句" in said
     history = [{"role": "user", "content": "早"}, {"role": "assistant", "content": said}]
     assert conversation.read_history(history)[1] == {"role": "assistant", "content": "臣妾"}
@@ -359,5 +361,97 @@ def test_a_share_link_that_cannot_be_had_leaves_the_page_open_here(monkeypatch, 
     try:
         assert shared is None and "Could not create share link" in capsys.readouterr().out
         assert Client(url, verbose=False).predict("早", api_name="/chat")[0] == "好"
+    finally:
+        page.close(verbose=False)
+
+
+MALFORMED = [
+    [], ["早"], ["早"] * 20, [None] * 10, ["早", "月宫"], ["早", None], ["早", ["永寿宫"]],
+    *(["早", "永寿宫", "路人", "scripted", *numbers] for numbers in (
+        ["0.7", 0.8, 20, 1.05, 256, -1], [[0.7], 0.8, 20, 1.05, 256, -1], [{}, 0.8, 20, 1.05, 256, -1],
+        [None] * 6, [1e999, 0.8, 20, 1.05, 256, -1], [0.7, 0.8, 20, 1.05, 256, "x"])),
+    ["\ud800早", "永寿宫", "路人", "scripted", 0.7, 0.8, 20, 1.05, 256, -1],
+]  # fmt: skip
+
+
+def call(url, body):
+    """The events of a call of `/chat` with this body."""
+    answer = httpx.post(f"{url}gradio_api/call/chat", content=body, headers={"Content-Type": "application/json"})
+    return httpx.get(f"{url}gradio_api/call/chat/{answer.raise_for_status().json()['event_id']}").text
+
+
+def told(said):
+    """Whether the error of a call says what is wrong with its values."""
+    error = json.loads(said.partition("data: ")[2])["error"]
+    return any(words in error for words in ("Needed, in order", "This is not what the page sends", "list of choices"))
+
+
+def test_a_malformed_call_gets_a_sentence_and_its_words_are_not_logged(serve, capfd, caplog):
+    engine = FakeEngine("好")
+    url = serve(engine).src
+    for values in MALFORMED:
+        body = json.dumps({"data": ["秘密" if value == "早" else value for value in values]})
+        said = call(url, body)
+        assert told(said), values
+    assert not engine.asked and "秘密" not in "".join(capfd.readouterr()) + caplog.text
+
+
+def test_nothing_in_place_of_a_question_is_a_question_without_words(serve):
+    values = [None, "永寿宫", "路人", "scripted", 0.7, 0.8, 20, 1.05, 256, -1]
+    url = serve(FakeEngine("好")).src
+    assert json.dumps(persona.SILENT)[1:-1] in call(url, json.dumps({"data": values}))
+
+
+def test_history_nested_deep_is_refused_before_it_breaks_the_stream(serve):
+    nested = "[" * 300 + "]" * 300
+    body = f'{{"data": ["早", {nested}, "路人", "scripted", 0.7, 0.8, 20, 1.05, 256, -1]}}'
+    url = serve(FakeEngine("好")).src
+    assert told(call(url, body))
+
+
+PROGRAM = [sys.executable, str(ROOT / "app.py")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "said"),
+    [
+        ({"CHAT_CACHE": __file__}, [], "is a file. Set CHAT_CACHE to a folder"),
+        ({"ENGINE_URL": "http://["}, [], "ENGINE_URL holds no address like"),
+        ({"ENGINE_URL": ","}, [], "ENGINE_URL names no address"),
+        ({"MODEL_SOURCE": "ftp"}, [], "MODEL_SOURCE names ftp; choose from hub"),
+        ({}, ["--host", "192.0.2.1"], "192.0.2.1 is no address of this machine"),
+        ({}, ["--base", "nowhere"], "'nowhere' is no base"),
+    ],
+)
+def test_a_setting_or_flag_that_cannot_be_is_a_sentence(settings, flags, said):
+    ran = subprocess.run([*PROGRAM, *flags], env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    assert ran.returncode and said in ran.stderr and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("program", [PROGRAM, [sys.executable, "-m", "chat"]])
+def test_a_terminal_without_chinese_shows_escapes(program):
+    latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    ran = subprocess.run([*program, "--help"], env=latin, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert not ran.returncode and "\\u7504\\u5b1b" in ran.stdout
+
+
+def test_a_port_beyond_the_last_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["app.py", "--port", "70000"])
+    monkeypatch.setattr(app, "load", lambda *_: FakeEngine("好"))
+    with pytest.raises(SystemExit, match=r"cannot start: .*port must be 0-65535"):
+        app.main()
+
+
+def test_sessions_that_strangers_name_are_forgotten_in_time(monkeypatch):
+    monkeypatch.setitem(app.LAUNCH, "state_session_capacity", min(3, app.LAUNCH["state_session_capacity"]))
+    page = app.build_page(FakeEngine("好"))
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
+    try:
+        for number in range(6):
+            values = ["早", "永寿宫", "路人", "scripted", 0.7, 0.8, 20, 1.05, 256, -1]
+            body = {"data": values, "session_hash": f"s{number}"}
+            event = httpx.post(f"{url}gradio_api/call/chat", json=body).json()["event_id"]
+            assert "complete" in httpx.get(f"{url}gradio_api/call/chat/{event}").text
+        assert len(page.app.state_holder.session_data) <= 3
     finally:
         page.close(verbose=False)

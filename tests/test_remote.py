@@ -13,9 +13,9 @@ import pytest
 import chat.remote
 from chat import persona
 from chat.base_model import END, PAD
-from chat.download import Unavailable
+from chat.download import Unavailable, parse_retry_after
 from chat.engine import BASE_ONLY, Busy
-from chat.openai_server import STOP, Timeouts, chatml, parse_retry_after
+from chat.openai_server import STOP, Timeouts, chatml
 from chat.persona import GREETING, SYSTEM_PROMPT
 from chat.prompt import prompt_ids
 from chat.remote import PROMPT_BYTES, RemoteEngine, connect, fit
@@ -481,7 +481,7 @@ def test_the_small_base_answers_only_when_allowed(serve, join):
 
 
 def test_no_engine_at_all_is_a_sentence(join):
-    with pytest.raises(Unavailable, match=r"No engine answers\. Start it, or correct ENGINE_URL"):
+    with pytest.raises(Unavailable, match=r"No engine answers\. 127\.0\.0\.1:9 does .*\(ConnectError\)\. Start it"):
         join("http://127.0.0.1:9/v1")
 
 
@@ -637,3 +637,76 @@ def test_the_terminal_and_the_page_take_this_engine_when_it_is_set(serve, monkey
     engine = chat.load()
     assert isinstance(engine, RemoteEngine) and engine.num_slots == 32
     engine.close()
+
+
+# what a server may send instead
+
+
+def test_a_server_that_drips_its_list_holds_nobody_up(serve, join):
+    dripping, well = serve(), serve()
+    dripping.drips = 0.05
+    began = time.monotonic()
+    engine = join(dripping, well, timeouts=replace(QUICK, connect=0.3))
+    assert [server.up for server in engine.servers] == [False, True] and generate(engine)[0] == "臣妾明白。"
+    assert time.monotonic() - began < 5
+    until(lambda: "does not answer (TimeoutError)" in engine.servers[0].fault)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [[{"id": 5}], [{"id": None}], [{"id": ["her"]}], [{"id": ""}], [{"id": "\ud800"}], ["her"], [None],
+     [{"id": "small", "max_model_len": "long"}], [{"id": "small", "max_model_len": 1e400}]],
+    ids=str,
+)  # fmt: skip
+def test_a_list_with_an_id_or_a_length_that_is_none_is_refused_whole(serve, join, models):
+    server = serve()
+    server.models_answer = (200, {}, json.dumps({"data": models}).encode())
+    engine = join(server, ENGINE_FALLBACK="small")
+    assert engine.servers[0].fault.endswith("lists what are no models.")
+    assert engine.adapters == [BASE_ONLY] and engine.base == "scripted"
+
+
+def test_a_list_nested_without_end_is_no_engine(serve, join):
+    server = serve()
+    server.models_answer = (200, {}, b"[" * 100_000)
+    with pytest.raises(Unavailable, match="lists what are no models"):
+        join(server)
+
+
+def test_an_address_without_a_path_gets_the_one_that_every_server_has(serve, join):
+    server = serve()
+    for address in (server.address, f"{server.address}/"):
+        engine = join(address)
+        assert engine.servers[0].url == server.url and generate(engine)[0] == "臣妾明白。"
+
+
+def test_a_wrong_path_is_told_with_its_status(serve, join):
+    server = serve()
+    server.models_answer = (404, {}, b"")
+    with pytest.raises(Unavailable, match=r"No engine answers\. .* gives status 404 for /api/models\. Start it, or"):
+        join(f"{server.address}/api")
+
+
+@pytest.mark.parametrize("url", ["http://[", "engine", ",", " , ", "ftp://a/v1", "http://a:99999/v1", "http://:80/v1"])
+def test_an_address_that_is_none_is_a_sentence(join, url):
+    with pytest.raises(ValueError, match=r"ENGINE_URL (holds|names) no address"):
+        join(url)
+
+
+@pytest.mark.parametrize("bad", ["\ud83d", ["臣"], {"text": "臣"}, 5])
+def test_text_that_is_none_breaks_the_reply_off(serve, join, bad):
+    script = [event("臣"), f"data: {json.dumps({'choices': [{'delta': {'content': bad}}]})}\n\n"]
+    engine = join(serve(script), timeouts=HASTY)
+    assert broken_off(engine) == "臣"
+
+
+@pytest.mark.parametrize(
+    "data", ["[" * 100_000, '{"choices": {}, "usage": 1e999}', '{"usage": {"completion_tokens": 1e999}}']
+)
+def test_an_event_that_is_none_breaks_the_reply_off(serve, join, data):
+    assert broken_off(join(serve([event("臣"), f"data: {data}\n\n"]), timeouts=HASTY)) == "臣"
+
+
+def test_a_count_of_tokens_below_none_does_not_reach_the_counters(serve, join):
+    _, _, usage = generate(join(serve(says("臣妾明白。", usage=-7))))
+    assert usage.tokens == 5

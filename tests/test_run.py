@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from chat.adapter import CONFIG, FILES, RECIPE, WEIGHTS, Adapter
 from chat.adapter import ROOT as ADAPTERS
@@ -211,7 +211,8 @@ def test_resume_is_exact_to_the_bit(tiny_run, monkeypatch):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_resumes(tiny_base, tmp_path):
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_a_checkpoint_that_resumes(tiny_base, tmp_path, told):
     command = [
         sys.executable, "-m", "training.run", "tiny", "--base", str(tiny_base), "--dataset", str(TAUGHT),
         "--validation-rows", "0", "--probe-replies", "0", "--output", str(tmp_path / "out"),
@@ -221,7 +222,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tiny_base, tmp_path):
     deadline = time.time() + 60
     while not list((tmp_path / "work").glob("checkpoint-*/trainer_state.json")) and time.time() < deadline:
         time.sleep(0.1)
-    started.send_signal(signal.SIGINT)
+    started.send_signal(told)
     _, said = started.communicate(timeout=60)
     assert started.returncode == 1 and "Go on with --resume." in said and "Traceback" not in said
     saved = trainer.last_checkpoint(tmp_path / "work")
@@ -367,3 +368,75 @@ def test_a_step_that_processes_cannot_share_is_refused(tiny_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"3 processes cannot share 2 batches.*keeps 8 rows"):
         run(tiny_run(batch_size=4, gradient_accumulation_steps=2))
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", [lambda body: body[: len(body) // 2], lambda body: bytes(len(body))])
+def test_a_damaged_checkpoint_is_passed_over_and_named(checkpoints, caplog, name, damage):
+    path = checkpoints / "checkpoint-10" / name
+    path.write_bytes(damage(path.read_bytes()))
+    assert trainer.last_checkpoint(checkpoints) == checkpoints / "checkpoint-9"
+    assert f"checkpoint-10 is damaged ({name}); an older one is looked for" in caplog.text
+
+
+def test_the_newest_whole_checkpoint_is_taken_by_its_number(checkpoints, caplog):
+    assert trainer.last_checkpoint(checkpoints) == checkpoints / "checkpoint-10" and not caplog.text
+
+
+def test_where_every_checkpoint_is_damaged_the_sentence_says_so(checkpoints):
+    for path in checkpoints.glob("*/optimizer.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint to resume from\. Delete it, and start without"):
+        trainer.last_checkpoint(checkpoints)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Two checkpoints with the kinds of files that Trainer writes."""
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        save_file({"w": torch.ones(40)}, folder / "adapter_model.safetensors")
+        for name in ("optimizer.pt", "rng_state.pth"):
+            torch.save({"moments": torch.ones(400)}, folder / name)
+    return tmp_path
+
+
+def test_a_run_goes_on_from_the_older_checkpoint_and_says_so(tiny_run, checkpoint, caplog):
+    fields = {"epochs": 4, "save_steps": 2, "validation_rows": 0, "probe_replies": 0, "long_chats": 0}
+    job = tiny_run(reply_tokens=1, **fields)
+    run(job)
+    newest = trainer.last_checkpoint(job.work)
+    (newest / "optimizer.pt").write_bytes(b"PK")
+    assert run(replace(job, resume=True)) == Adapter.open(job.output, checkpoint)
+    assert f"{newest} is damaged (optimizer.pt)" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_a_sentence(tiny_run, monkeypatch):
+    def full(self, folder):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
+    said = r"^The checkpoint of step 1 cannot be written to .*-work \(\[enforce.*vs 0\)\. Free some disk; --resume"
+    with pytest.raises(OSError, match=said):
+        run(tiny_run(epochs=1, save_steps=1, validation_rows=0))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [{"batch_size": 0}, {"epochs": float("inf")}, {"epochs": float("nan")}, {"epochs": -1}, {"learning_rate": 0.0},
+     {"rank": 65}, {"dropout": 1.0}, {"save_steps": 0}, {"seed": -1}, {"gradient_accumulation_steps": 0}],
+    ids=str,
+)  # fmt: skip
+def test_a_number_that_no_run_can_have_is_refused_before_it(forged):
+    ((name, value),) = forged.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}. Give --{name.replace('_', '-')} a number from"):
+        replace(POCKET, **forged)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"name": "her"}', "[" * 100_000])
+def test_a_recipe_that_cannot_be_read_is_refused_with_its_name(tmp_path, text):
+    (tmp_path / RECIPE).write_text(text)
+    with pytest.raises(ValueError, match=r"recipe\.json .*Copy the folder again"):
+        Recipe.read(tmp_path / RECIPE)

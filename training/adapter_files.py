@@ -3,19 +3,19 @@
 import json
 import logging
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from transformers import PreTrainedTokenizerFast
 
 from chat import base_model, convert
-from chat.adapter import CONFIG, METRICS, PART, RECIPE, WEIGHTS, Adapter
+from chat.adapter import CONFIG, METRICS, RECIPE, WEIGHTS, Adapter
 from chat.checkpoints import Checkpoint, locate
+from chat.files import PART, replace, whole, write_text
 from training import data
 from training.data import Example
 from training.recipe import Recipe
@@ -49,7 +49,8 @@ def save(model: PeftModel, folder: Path) -> None:
         name: (tensor.to(torch.bfloat16) if tensor.dim() > 1 else tensor).contiguous().cpu()
         for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    with whole(folder / WEIGHTS) as part:
+        part.write_bytes(to_bytes(weights, metadata={"format": "pt"}))
     defaults, fields = LoraConfig().to_dict(), model.peft_config["default"].to_dict() | {"inference_mode": True}
     if fields.pop("use_rslora"):
         alpha = fields["lora_alpha"] * math.sqrt(fields["r"])
@@ -60,7 +61,7 @@ def save(model: PeftModel, folder: Path) -> None:
         for name, value in fields.items()
         if name in ALWAYS_WRITTEN or (value != defaults[name] and name != "peft_version")
     }
-    (folder / CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def write(model: PeftModel, recipe: Recipe, metrics: dict[str, Any], output: Path) -> Path:
@@ -76,16 +77,13 @@ def write(model: PeftModel, recipe: Recipe, metrics: dict[str, Any], output: Pat
 def open_and_rename(part: Path, output: Path, checkpoint: Checkpoint) -> Adapter:
     """Open the folder that `write` returned, and only if that works give it its name. Raises as Adapter.open does."""
     Adapter.open(part, checkpoint, output.name)
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(part, output)
+    replace(part, output)
     return Adapter.open(output, checkpoint)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    part = path.with_name(path.name + PART)
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def reopen(

@@ -85,7 +85,7 @@ def _read(path: Path) -> Iterator[Example]:
     for number, text in enumerate([content] if is_array else filter(bytes.strip, content.split(b"\n")), start=1):
         try:
             rows += json.loads(text) if is_array else [json.loads(text)]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             where = str(path) if is_array else f"{path}, row {number}"
             raise ValueError(f"{where} is not JSON: {error}. Correct it there.") from error
     for number, row in enumerate(rows, start=1):

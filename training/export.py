@@ -5,19 +5,19 @@ python -m training.export adapters/pocket --merged pocket-merged
 """
 
 import argparse
-import os
 import re
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from chat import gguf_lora
-from chat.adapter import CONFIG, PART, Adapter, fitting_bases, last_checkpoint
+from chat.adapter import CONFIG, Adapter, fitting_bases, last_checkpoint
 from chat.bases import BASES, Base
 from chat.checkpoints import Checkpoint, locate, read_json
 from chat.download import require_room
+from chat.files import whole, write_text
+from chat.machine import allow_any_terminal
 from chat.persona import SYSTEM_PROMPT
 from chat.sampling import Sampling
 
@@ -38,6 +38,7 @@ LM Studio   opens whole models only: llama-export-lora -m BASE.gguf --lora {file
 
 def main() -> None:
     """Write an adapter for other programs, and say what to do next."""
+    allow_any_terminal()
     parser = argparse.ArgumentParser(prog="python -m training.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="adapters/NAME")
     kind = parser.add_mutually_exclusive_group(required=True)
@@ -88,9 +89,7 @@ def write_gguf(folder: Path, choice: str, path: Path) -> str:
         raise ValueError(f"{path} does not end in .gguf. Name such a file.")
     gguf_lora.write(adapter, path)
     beside = path.with_name(MODELFILE)
-    part = beside.with_name(MODELFILE + PART)
-    part.write_text(modelfile(path.name, checkpoint.base), encoding="utf-8")
-    os.replace(part, beside)
+    write_text(beside, modelfile(path.name, checkpoint.base))
     return NEXT_STEPS.format(file=path, modelfile=beside, base=_gguf_of(checkpoint.base)[1], system=SYSTEM_PROMPT)
 
 
@@ -143,9 +142,8 @@ def write_merged(folder: Path, choice: str, merged: Path) -> None:
     model: Any = adapted.merge_and_unload().to(torch.bfloat16)
     merged.parent.mkdir(parents=True, exist_ok=True)
     require_room(merged.parent, 2 * model.num_parameters())
-    with tempfile.TemporaryDirectory(dir=merged.parent, prefix=f"{merged.name}.", ignore_cleanup_errors=True) as part:
-        convert.save_base(model, base_model.load_tokenizer(checkpoint), Path(part) / "whole")
-        os.replace(Path(part) / "whole", merged)
+    with whole(merged) as part:
+        convert.save_base(model, base_model.load_tokenizer(checkpoint), part)
 
 
 if __name__ == "__main__":

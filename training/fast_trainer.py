@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer
 
 from qwen2.training_step import TrainingStep, collate, dropout_seed, num_target_tokens
@@ -37,6 +38,17 @@ class WholeBatchTrainer(Trainer):
 
     Accelerate would deal the batches out itself, and fill up the last one of an epoch with rows from its beginning.
     """
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's. Raises OSError with a sentence: torch and safetensors tell a full disk each in its own words."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = str(error).split("\n")[0]
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir} "
+                f"({reason}). Free some disk; --resume goes on from the one before it, if there is one."
+            ) from error
 
     def get_train_dataloader(self) -> Any:
         loader: Any = super().get_train_dataloader()

@@ -6,11 +6,25 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from chat.adapter import LAYERS
+from chat.adapter import LAYERS, MAX_RANK
+from chat.checkpoints import read_json
+from chat.files import write_text
 from chat.persona import SYSTEM_PROMPT
 
 # Field of an older recipe.json, and its flag → the field's name now. Published adapters keep their files.
 RENAMED = {"accumulation": "gradient_accumulation_steps", "held_out": "validation_rows"}
+
+
+MANY = 10**9
+# Lowest and highest value of a number; the gate of chat/adapter.py would refuse some of the others after hours.
+RANGES = {
+    "max_length": (1, 32_768), "validation_rows": (0, MANY), "rank": (1, MAX_RANK), "alpha": (1, 4096),
+    "dropout": (0, 0.99), "epochs": (0.001, 10_000), "batch_size": (1, MANY), "gradient_accumulation_steps": (1, MANY),
+    "learning_rate": (1e-12, 1), "warmup": (0, MANY), "weight_decay": (0, 1), "max_grad_norm": (1e-6, MANY),
+    "seed": (0, 2**32 - 1), "eval_every": (0, MANY), "patience": (0, MANY), "logging_steps": (1, MANY),
+    "save_steps": (1, MANY), "probe_replies": (0, MANY), "long_chats": (0, MANY), "talk_lines": (0, MANY),
+    "reply_tokens": (1, 4096),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +40,7 @@ class Recipe:
     """Files (alpaca, sharegpt or messages; JSON or JSONL), folders of such; huanhuan is the full set, fetched."""
     max_length: int = 384
     """Tokens a row may have; a longer one loses its oldest messages, then its reply's end, never its terminator."""
-    terminator: str = "<|im_end|>"  # The token learned as the end of a reply.
+    terminator: Literal["<|im_end|>", "<|endoftext|>"] = "<|im_end|>"  # The token learned as the end of a reply.
     validation_rows: int = 200  # Rows held out of training, in whole groups of equal question or answer.
 
     # LoRA
@@ -67,6 +81,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.system_prompt != SYSTEM_PROMPT:
             raise ValueError("The system prompt is the character's; change it in chat/persona.py.")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                flag = name.replace("_", "-")
+                raise ValueError(f"{name} is {getattr(self, name)}. Give --{flag} a number from {low} to {high}.")
         if self.patience and not self.validation_rows:
             raise ValueError("Stopping early needs held-out rows. Give --validation-rows, or leave --patience out.")
 
@@ -86,15 +104,18 @@ class Recipe:
 
         A field that is missing there has its default: it was the only choice when the file was written.
         """
-        recorded = json.loads(path.read_text(encoding="utf-8")).items()
+        recorded = read_json(path).items()
         values: dict[str, Any] = {RENAMED.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in recorded}
         if unknown := values.keys() - {field.name for field in fields(cls)}:
             raise ValueError(f"{path} has {', '.join(sorted(unknown))}, which no recipe knows. Update this program.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{path} is no recipe ({error}). Copy the folder again.") from error
 
     def write(self, path: Path) -> None:
-        """Write it as recipe.json."""
-        path.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        """Write it as recipe.json, whole or not at all."""
+        write_text(path, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
 
 
 @dataclass(frozen=True, kw_only=True)

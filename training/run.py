@@ -5,6 +5,7 @@ import sys
 
 import tyro
 
+from chat.machine import allow_any_terminal
 from training import distributed
 from training.recipe import HUANHUAN, RECIPES, RENAMED, Run
 
@@ -20,6 +21,7 @@ MEMORY_FULL = (
 
 def main() -> None:
     """Parse the command line, run, and say in a sentence what went wrong."""
+    allow_any_terminal()
     logging.basicConfig(level=logging.INFO if distributed.is_main_process() else logging.ERROR, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     arguments = [current_flag(argument) for argument in sys.argv[1:]]

@@ -11,8 +11,8 @@ neither micro-batches nor processes make a difference: each divides its own sum 
 are added up. evaluate/losses.py averages the validation (held-out) loss likewise, with the terminators apart.
 """
 
+import json
 import logging
-import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,14 +20,17 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from transformers import DataCollatorWithFlattening, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from chat.adapter import PART
+from chat.files import whole
 from qwen2 import IGNORE_INDEX
 from qwen2.training_step import TrainingStep, dropout_seed
 from training import distributed
@@ -42,7 +45,7 @@ BEST = "best.safetensors"  # in the run's folder, when it may stop early
 
 
 class Interrupted(RuntimeError):
-    """The user pressed Ctrl-C; a checkpoint was written first."""
+    """The run was told to stop; a checkpoint was written first."""
 
 
 def attach(model: PreTrainedModel, recipe: Recipe, profile: str = "faithful") -> PeftModel:
@@ -146,15 +149,38 @@ def training_arguments(recipe: Recipe, work: Path, fast: bool = False, per_node:
 
 
 def last_checkpoint(work: Path) -> Path:
-    """The newest whole checkpoint: trainer_state.json is what Trainer writes last. Raises ValueError without one."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
-    if not whole:
-        raise ValueError(f"{work} holds no checkpoint to resume from. Start without --resume.")
-    return max(whole, key=_step)
+    """The newest checkpoint that is whole; damaged ones are named in the log. Raises ValueError without one.
+
+    One that was never finished is passed over silently: trainer_state.json is what Trainer writes last.
+    """
+    damage = ""
+    for checkpoint in sorted((state.parent for state in work.glob("checkpoint-*/trainer_state.json")), key=_step)[::-1]:
+        if not (damage := _damage(checkpoint)):
+            return checkpoint
+        log.warning("%s is damaged (%s); an older one is looked for.", checkpoint, damage)
+    none = f"{work} holds no {'whole ' if damage else ''}checkpoint to resume from."
+    raise ValueError(f"{none} {'Delete it, and start' if damage else 'Start'} without --resume.")
 
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
+
+
+def _damage(checkpoint: Path) -> str:
+    """The first file of a checkpoint that cannot be read; empty when all can. torch.save writes zips, with sums."""
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix in (".pt", ".pth"):
+                with ZipFile(path) as archive:
+                    if archive.testzip():
+                        return path.name
+            elif path.suffix == ".safetensors":
+                load_file(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, BadZipFile, SafetensorError):
+            return path.name
+    return ""
 
 
 def seed_dropout(recipe: Recipe, checkpoint: Path | None) -> None:
@@ -216,9 +242,8 @@ class EvalCallback(TrainerCallback):
 def save_best(model: torch.nn.Module, path: Path) -> None:
     """Write the LoRA's weights as they are in memory, whole or not at all."""
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    part = path.with_name(path.name + PART)
-    save_file(weights, part)
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_bytes(to_bytes(weights))
 
 
 def load_best(model: torch.nn.Module, path: Path) -> None:
@@ -227,22 +252,23 @@ def load_best(model: torch.nn.Module, path: Path) -> None:
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C once: finish the step, save, stop. Twice: stop at once."""
+    """Ctrl-C or SIGTERM once: finish the step, save, stop. Twice: stop at once."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.usual = signal.signal(signal.SIGINT, self._ask)
+        self.usual = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         log.info("Stopping after this step; press Ctrl-C again to stop at once.")
         self.asked = True
-        signal.signal(signal.SIGINT, self.usual)
+        self.on_train_end(None, None, None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.asked:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self.usual)
+        for number, usual in self.usual.items():
+            signal.signal(number, usual)

@@ -8,11 +8,13 @@ from datetime import date
 from pathlib import Path
 
 from chat.adapter import METRICS
+from chat.machine import allow_any_terminal
 from training.evaluate import card
 
 
 def main() -> None:
     """Measure adapter folders as their own runs did; print the numbers, and write them with report, plots and card."""
+    allow_any_terminal()
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="adapters/NAME")
     parser.add_argument("--base", help="by default the one its recipe names")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chat.adapter import METRICS
+from chat.files import write_text
 from training.evaluate import card
 from training.evaluate.scores import BASE, SEED, bootstrap, counted, share
 
@@ -49,8 +50,8 @@ def write(output: Path, folders: Sequence[Path]) -> int:
     shuffled.sort(key=lambda item: item[2])  # single lines first, then the talks
     output.mkdir(parents=True, exist_ok=True)
     sheet = "\n\n".join(f"## {number}\n\n{item[4]}" for number, item in enumerate(shuffled, start=1))
-    (output / SHEET).write_text(f"{MARKING}\n\n{sheet}\n", encoding="utf-8")
-    (output / KEY).write_text(json.dumps(shuffled, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(output / SHEET, f"{MARKING}\n\n{sheet}\n")
+    write_text(output / KEY, json.dumps(shuffled, ensure_ascii=False, indent=1) + "\n")
     return len(shuffled)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from chat.adapter import CARD, CONFIG, FIGURE, MARKERS, METRICS, PART, RADAR, RECIPE, REPORT, ROOT
+from chat.adapter import CARD, CONFIG, FIGURE, MARKERS, METRICS, RADAR, RECIPE, REPORT, ROOT
 from chat.bases import BASES, SAMPLING
+from chat.files import PART, write_text
 from training.evaluate import plots, report
 from training.evaluate.scores import BASE
 
@@ -62,8 +63,8 @@ def write(folder: Path) -> None:
     for draw, name in ((plots.loss, FIGURE), (plots.radar, RADAR), (plots.markers, MARKERS)):
         draw(metrics, folder / name)
     name = folder.name.removesuffix(PART)
-    (folder / REPORT).write_text(report.render(name, metrics), encoding="utf-8")
-    (folder / CARD).write_text(render(name, folder, metrics), encoding="utf-8")
+    write_text(folder / REPORT, report.render(name, metrics))
+    write_text(folder / CARD, render(name, folder, metrics))
 
 
 def _read(path: Path) -> Any:
@@ -115,7 +116,7 @@ def ledger(root: Path) -> str:
 def update_ledger(folder: Path) -> None:
     """Write the ledger again if the adapter folder is one of those that it lists."""
     if folder.parent.resolve() == ROOT:
-        (ROOT / CARD).write_text(ledger(ROOT), encoding="utf-8")
+        write_text(ROOT / CARD, ledger(ROOT))
 
 
 def main() -> None:
@@ -124,7 +125,7 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", metavar="adapters/NAME")
     for folder in parser.parse_args().folders:
         write(folder)
-    (ROOT / CARD).write_text(ledger(ROOT), encoding="utf-8")
+    write_text(ROOT / CARD, ledger(ROOT))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from chat.files import whole
 from training.evaluate.scores import BASE, MARKERS
 
 # rates from 0 to 1 → their names on the radar
@@ -25,7 +26,8 @@ def _figure(path: Path, **axes: Any) -> Iterator[Any]:
     yield drawn
     drawn.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    with whole(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
 
 
 def loss(metrics: dict[str, Any], path: Path) -> None:

@@ -1,7 +1,6 @@
 """Publish a trained folder to the Hub or to ModelScope: by itself, or again after a push that broke off."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from huggingface_hub import HfApi
 from chat.adapter import RECIPE, Adapter
 from chat.checkpoints import locate
 from training.publish import hub, modelscope
+from training.recipe import Recipe
 
 
 def main() -> None:
@@ -28,15 +28,14 @@ def main() -> None:
         if not (folder / RECIPE).is_file():
             raise ValueError(f"{folder} is no adapter: {RECIPE} is missing. Name a folder that training.run wrote.")
         # Through the gate, on the base that its recipe names: the machine that trained it has that base.
-        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        adapter = Adapter.open(folder, locate(recipe["base"]))
+        adapter = Adapter.open(folder, locate(Recipe.read(folder / RECIPE).base))
         if arguments.modelscope:
             modelscope.require_permission(repo, private)
             print(modelscope.push(adapter, repo, private))
         else:
             hub.require_permission(repo, HfApi(), pr, private=private)
             print(hub.push(adapter, repo, HfApi(), pr))
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(str(error))
 
 

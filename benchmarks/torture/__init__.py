@@ -1,0 +1,1 @@
+"""Faults, floods and forgeries on purpose: `python -m benchmarks.torture`."""
