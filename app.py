@@ -136,7 +136,8 @@ def _document() -> str:
     """What stands in the document before Gradio's own: the bar, the talk, the lists, and the scripts that fill them."""
     markup = Template(FILES["shell.html"].decode())
     scene, (greeting, _) = SCENES[0], ENGLISH[SCENES[0].name]
-    return f"<style>{FILES['page.css'].decode()}</style>" + markup.substitute(
+    looks = b"".join(file for name, file in FILES.items() if name.endswith(".css")).decode()
+    return f"<style>{looks}</style>" + markup.substitute(
         asdict(scene), greeting_english=greeting, name=NAME, scene=scene.name, visitor=PASSER_BY,
         visitor_english=VISITORS[PASSER_BY], made=BROWSER["made"][0], made_english=BROWSER["made"][1], digest=DIGEST,
         portrait=FILES["portrait.svg"].decode(),

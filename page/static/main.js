@@ -11,6 +11,7 @@ import { arrive, show } from "./state.js"
 import { create } from "./store.js"
 import "./list.js"
 import "./menu.js"
+import "./moods.js"
 import "./votes.js"
 
 for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t)
