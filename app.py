@@ -48,6 +48,7 @@ from page import compare_tab, conversation, metrics
 from page.chat_tab import ChatTab, about, visitor_id
 from page.http import Caching, Security
 from page.i18n import BROWSER, ENGLISH, LANGUAGES, VISITORS, browser_module, text
+from page.qr import draw_qr
 from page.service import MAX_SEED, MAX_WAITING, ChatRequest, ChatService
 
 STATIC = Path(__file__).parent / "page" / "static"
@@ -170,7 +171,11 @@ LAUNCH: dict[str, Any] = {
     "i18n": LANGUAGES,
     "app_kwargs": {
         "middleware": [Middleware(Security), Middleware(Caching)],
-        "routes": [Route("/health", health), Route("/page-static/{digest}/{name}", static)],
+        "routes": [
+            Route("/health", health),
+            Route("/page-static/{digest}/{name}", static),
+            Route("/page-qr", draw_qr, methods=["POST"]),
+        ],
     },
 }
 
