@@ -50,6 +50,7 @@ from page import compare_tab, conversation, metrics
 from page.chat_tab import ChatTab, about, visitor_id
 from page.http import Caching, Security, refuse_body
 from page.i18n import BROWSER, ENGLISH, LANGUAGES, VISITORS, browser_module, text
+from page.qr import draw_qr
 from page.service import MAX_SEED, MAX_WAITING, ChatRequest, ChatService
 
 STATIC = Path(__file__).parent / "page" / "static"
@@ -138,7 +139,8 @@ def _document() -> str:
     """What stands in the document before Gradio's own: the bar, the talk, the lists, and the scripts that fill them."""
     markup = Template(FILES["shell.html"].decode())
     scene, (greeting, _) = SCENES[0], ENGLISH[SCENES[0].name]
-    return f"<style>{FILES['page.css'].decode()}</style>" + markup.substitute(
+    looks = b"".join(file for name, file in FILES.items() if name.endswith(".css")).decode()
+    return f"<style>{looks}</style>" + markup.substitute(
         asdict(scene), greeting_english=greeting, name=NAME, scene=scene.name, visitor=PASSER_BY,
         visitor_english=VISITORS[PASSER_BY], made=BROWSER["made"][0], made_english=BROWSER["made"][1], digest=DIGEST,
         portrait=FILES["portrait.svg"].decode(),
@@ -172,7 +174,11 @@ LAUNCH: dict[str, Any] = {
     "i18n": LANGUAGES,
     "app_kwargs": {
         "middleware": [Middleware(Security), Middleware(Caching)],
-        "routes": [Route("/health", health), Route("/page-static/{digest}/{name}", static)],
+        "routes": [
+            Route("/health", health),
+            Route("/page-static/{digest}/{name}", static),
+            Route("/page-qr", draw_qr, methods=["POST"]),
+        ],
         "exception_handlers": {RequestValidationError: refuse_body},
     },
 }

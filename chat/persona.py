@@ -75,6 +75,37 @@ class Refused(ValueError):
         self.line = line
 
 
+@dataclass(frozen=True)
+class Persona:
+    """Who a visitor says he is: a name, and a line about himself, either of which may be empty."""
+
+    name: str = ""
+    line: str = ""
+
+    @classmethod
+    def parse(cls, given: object) -> "Persona":
+        """Read it as a stranger's, which it may be: a mapping of these fields, or nothing. Raises Refused."""
+        fields = given if isinstance(given, dict) else {}
+        texts = {name: fields.get(name, "") for name in PERSONA_LIMITS}
+        if not all(_is_plain(text, PERSONA_LIMITS[name]) for name, text in texts.items()):
+            raise Refused(
+                "名字至多 {name} 字，说自己的话至多 {line} 字，不带括号，不换行。 A name has at most {name} characters, "
+                "a line about yourself {line}, without brackets or line breaks.".format(**PERSONA_LIMITS)
+            )
+        return cls(**texts)
+
+    def __str__(self) -> str:
+        """As it is told to her, in the place of a visitor's name."""
+        return "，".join(text.strip() for text in (self.name, self.line) if text.strip())
+
+
+PERSONA_LIMITS = {"name": 12, "line": 60}  # characters
+
+
+def _is_plain(text: object, limit: int) -> bool:
+    return isinstance(text, str) and len(text) <= limit and text.isprintable() and not set(text) & set("（）()")
+
+
 class Message(TypedDict):
     """A message in the form that chat templates take."""
 
@@ -95,14 +126,19 @@ def scene_named(name: str) -> Scene:
     raise Refused(f"There is no scene {reprlib.repr(name)}; choose one of {', '.join(scene.name for scene in SCENES)}.")
 
 
-def with_scene(messages: Iterable[Message], scene: str = SCENES[0].name, visitor: str = PASSER_BY) -> list[Message]:
-    """The messages, each of the visitor's with the scene and his name before it, in brackets.
+def with_scene(
+    messages: Iterable[Message], scene: str = SCENES[0].name, visitor: str = PASSER_BY, persona: Persona | None = None
+) -> list[Message]:
+    """The messages, each of the visitor's with the scene and his name before it, in brackets. A persona is told where
+    the name of a passer-by would be.
 
     Every message of his carries them, so that trimming cannot drop them. The first scene and a passer-by are left out.
-    Raises Refused for an unknown scene, or for a visitor who cannot come to her in it.
+    Raises Refused for an unknown scene, or for a visitor who cannot come to her in it or has a persona beside his own.
     """
     if visitor not in (visitors := scene_named(scene).visitors):
         raise Refused(f"{reprlib.repr(visitor)} does not come to her in {scene}; {', '.join(visitors)} may.")
-    names = [name for name, default in ((scene, SCENES[0].name), (visitor, PASSER_BY)) if name != default]
+    if (told := str(persona or "")) and visitor != PASSER_BY:
+        raise Refused(f"{visitor} is who he is. Come as {PASSER_BY} to be someone of your own.")
+    names = [name for name, default in ((scene, SCENES[0].name), (told or visitor, PASSER_BY)) if name != default]
     cue = f"（{'·'.join(names)}）" if names else ""
     return [{**each, "content": cue + each["content"]} if each["role"] == "user" else each for each in messages]

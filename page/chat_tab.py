@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 import gradio as gr
 
 from chat.engine import BASE_ONLY, MAX_CHARACTERS, ChatEngine
-from chat.persona import PASSER_BY, SCENES
+from chat.persona import PASSER_BY, PERSONA_LIMITS, SCENES
 from page import conversation, gradio_internals
 from page.conversation import TalkRequest
 from page.i18n import text
@@ -66,7 +66,9 @@ def link(request: ChatRequest, seed: int | None) -> str:
     default = {"scene": SCENES[0].name, "visitor": PASSER_BY, **NUMBERS}
     given = {"scene": request.scene, "visitor": request.visitor, **request.numbers}
     changed = {name: value for name, value in given.items() if value != default[name] or name == "temperature"}
-    return urlencode({**changed, "adapter": request.adapter, "seed": seed})
+    told = request.persona if isinstance(request.persona, dict) else {}
+    own = {name: told[name] for name in PERSONA_LIMITS if told.get(name)}
+    return urlencode({**changed, **own, "adapter": request.adapter, "seed": seed})
 
 
 class ChatTab:
@@ -136,7 +138,7 @@ class ChatTab:
         except ValueError as error:
             yield json.dumps({"hint": str(error)}, ensure_ascii=False)
             return
-        chosen = ChatRequest.of(talk.scene, talk.visitor, *values)
+        chosen = replace(ChatRequest.of(talk.scene, talk.visitor, *values), persona=talk.persona)
         if talk.mode == "suggest":  # the base does it: the adapter learned only her messages
             numbers = {**chosen.numbers, "max_new_tokens": SUGGESTED_TOKENS}
             chosen = replace(chosen, adapter=BASE_ONLY, numbers=numbers)

@@ -61,6 +61,7 @@ class TalkRequest:
     scene: str
     visitor: str
     ids: dict[str, str]
+    persona: object = None  # as it came; `Persona.parse` reads it
 
     @classmethod
     def parse(cls, text: str) -> "TalkRequest":
@@ -79,7 +80,7 @@ class TalkRequest:
             raise ValueError("没有可接着说的话。 There is no reply to continue.")
         if mode != "continue":
             messages.append(question(data.get("question", "")))
-        return cls(cast("Mode", mode), messages, ids=ids, **where)
+        return cls(cast("Mode", mode), messages, ids=ids, persona=data.get("persona"), **where)
 
 
 PAIR = ["user", "assistant"]

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import gradio as gr
 
 from chat.engine import MAX_CHARACTERS, MAX_TURNS
-from chat.persona import NAME, PASSER_BY, SCENES, SYSTEM_PROMPT
+from chat.persona import NAME, PASSER_BY, PERSONA_LIMITS, SCENES, SYSTEM_PROMPT
 
 # key → Chinese, English: texts of Gradio's parts
 TEXTS = {
@@ -141,6 +141,15 @@ BROWSER = {key: TEXTS[key] for key in ("compare", "voice", "visitor")} | {
         "The browser refuses storage: talks last until this page is closed.",
     ),
     "tally": ("至今：适配器 {} 票，底座 {} 票，难分 {} 票", "So far: adapter {}, base {}, even {}"),
+    "persona": ("你自己是谁（可不填）", "Who you are yourself (optional)"),
+    "persona_name": ("名字", "Your name"),
+    "persona_line": ("说说自己，一句就好", "A line about yourself"),
+    "speak": ("念出来", "Read aloud"),
+    "aloud": ("自动念她的话", "Read her replies aloud"),
+    "card": ("做成一张画笺", "Make a picture card"),
+    "card_save": ("存下", "Save"),
+    "card_share": ("送人", "Share"),
+    "seal": ("甄嬛", "甄嬛"),
     "today": ("今天", "Today"),
     "yesterday": ("昨天", "Yesterday"),
 }
@@ -210,6 +219,6 @@ def browser_module(numbers: Mapping[str, tuple[float, float]]) -> str:
     for scene in SCENES:
         greeting, openers = ENGLISH[scene.name]
         scenes.append(asdict(scene) | {"greeting_english": greeting, "openers_english": openers})
-    limits = {"characters": MAX_CHARACTERS, "turns": MAX_TURNS, "numbers": numbers}
+    limits = {"characters": MAX_CHARACTERS, "turns": MAX_TURNS, "numbers": numbers, "persona": PERSONA_LIMITS}
     data = {"texts": BROWSER, "scenes": scenes, "visitors": VISITORS, "system": SYSTEM_PROMPT, "limits": limits}
     return f"export default {json.dumps(data, ensure_ascii=False)}"

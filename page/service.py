@@ -63,6 +63,7 @@ class ChatRequest:
     scene: str = persona.SCENES[0].name
     visitor: str = persona.PASSER_BY
     numbers: Mapping[str, float | None] = field(default_factory=dict)  # by their names in NUMBERS
+    persona: object = None  # as it came
 
     @classmethod
     def of(cls, scene: str, visitor: str, adapter: str, *numbers: float | None) -> "ChatRequest":
@@ -134,7 +135,9 @@ class ChatService:
         try:
             if not continue_final_message:
                 check_question(messages[-1])
-            messages = persona.with_scene(messages, request.scene, request.visitor)
+            messages = persona.with_scene(
+                messages, request.scene, request.visitor, persona.Persona.parse(request.persona)
+            )
             sampling = request.sampling()
             self.rate_limiter.admit(visitor_id)
             with self.queue.ticket() as ticket:

@@ -2,6 +2,7 @@
 import { LIMITS, PASSER_BY, SCENES, SYSTEM_PROMPT, scene, t } from "./data.js"
 import { h } from "./dom.js"
 import { say } from "./notice.js"
+import { personaOf } from "./persona.js"
 import { show } from "./state.js"
 import { change, create, newReply, newTurn, shownReply, turnsOf } from "./store.js"
 
@@ -11,7 +12,7 @@ const answered = (talk) => talk.turns.filter((turn) => shownReply(turn)?.text)
 export const FORMATS = {
   md: (talk) => [`# 甄嬛 · ${talk.scene}`, ...talk.turns.flatMap((turn) => [`**${talk.visitor}**：${turn.question}`, shownReply(turn)?.text && `**甄嬛**：${shownReply(turn).text}`])]
     .filter(Boolean).join("\n\n") + "\n",
-  json: ({ scene, visitor, title, turns }) => JSON.stringify({ scene, visitor, title, turns }, null, 1) + "\n",
+  json: ({ scene, visitor, persona, title, turns }) => JSON.stringify({ scene, visitor, persona, title, turns }, null, 1) + "\n",
   sharegpt: (talk) => JSON.stringify([{
     scene: talk.scene, visitor: talk.visitor, system: SYSTEM_PROMPT,
     conversations: answered(talk).flatMap((turn) => [{ from: "human", value: turn.question }, { from: "gpt", value: shownReply(turn).text }]),
@@ -51,7 +52,7 @@ export function read(text) {
     const messages = data.messages ?? data.conversations?.map(({ from, value }) => ({ role: speakers[from], content: value }))
     const turns = data.turns ? data.turns.map(readTurn) : turnsOf(messages)
     if (!turns.length) return null
-    return create({ scene: name, visitor, title: `${data.title ?? ""}`.slice(0, 60), turns: turns.slice(-LIMITS.turns) })
+    return create({ scene: name, visitor, persona: personaOf(data.persona), title: `${data.title ?? ""}`.slice(0, 60), turns: turns.slice(-LIMITS.turns) })
   } catch {
     return null
   }

@@ -5,12 +5,16 @@ import { PASSER_BY, SCENES, LIMITS, scene, t } from "./data.js"
 import { find, sign } from "./dom.js"
 import { mounted } from "./gradio.js"
 import { say } from "./notice.js"
+import { personaOf } from "./persona.js"
 import { recover, suggest } from "./replies.js"
 import { settingsOf } from "./settings.js"
 import { arrive, show } from "./state.js"
 import { create } from "./store.js"
 import "./list.js"
 import "./menu.js"
+import "./card.js"
+import "./moods.js"
+import "./speech.js"
 import "./votes.js"
 
 for (const element of document.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t)
@@ -29,7 +33,7 @@ function linked() {
   for (const name of [...query.keys()]) if (!name.startsWith("__")) query.delete(name)
   history.replaceState(null, "", location.pathname + (query.size ? `?${query}` : ""))
   if (!settings || !scene(where.scene)?.visitors.includes(where.visitor)) return say(t("bad_link")), null
-  return create({ ...where, settings, draft })
+  return create({ ...where, persona: personaOf({ name: query.get("name"), line: query.get("line") }), settings, draft })
 }
 
 const brought = linked()

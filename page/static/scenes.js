@@ -1,6 +1,7 @@
 // Scene and visitor: one control in the bar, and the sheet that it opens.
 import { PASSER_BY, SCENES, lang, rank, scene, sceneName, t, visitorName } from "./data.js"
 import { find, h } from "./dom.js"
+import { givenPersona } from "./persona.js"
 import { changeShown, shown, startNew } from "./state.js"
 
 const sheet = find("#scenes"), visitors = sheet.querySelector("select")
@@ -30,8 +31,8 @@ find("#place").addEventListener("click", () => {
 })
 sheet.querySelector(".list").addEventListener("change", () => offer(visitors.value))
 sheet.querySelector("form").addEventListener("submit", () => {
-  const next = { scene: chosen(), visitor: visitors.value }, now = shown()
-  if (next.scene === now.scene && next.visitor === now.visitor) return
+  const next = { scene: chosen(), visitor: visitors.value, persona: givenPersona() }, now = shown()
+  if (Object.keys(next).every((key) => JSON.stringify(next[key]) === JSON.stringify(now[key]))) return
   if (now.turns.length) startNew(next) // a talk keeps its scene and its visitor
   else changeShown((each) => Object.assign(each, next), { touch: false }).then(name)
 })
@@ -40,8 +41,8 @@ function name() {
   const now = shown(), here = scene(now.scene)
   find("#rank").replaceChildren(lang === "zh" ? here.rank : here.rank_english, h("span", { class: "age" }, `${lang === "zh" ? "，" : ", "}${t("age", here.age)}`))
   find("#place .where").textContent = lang === "zh" ? here.name : here.english
-  find("#place .who").textContent = lang === "zh" ? now.visitor : visitorName(now.visitor).split(" · ")[0]
-  find("#place .who").classList.toggle("nobody", now.visitor === PASSER_BY)
+  find("#place .who").textContent = now.persona?.name ?? (lang === "zh" ? now.visitor : visitorName(now.visitor).split(" · ")[0])
+  find("#place .who").classList.toggle("nobody", now.visitor === PASSER_BY && !now.persona?.name)
   find("#place").setAttribute("aria-label", `${t("scenes")}：${sceneName(now.scene)}，${visitorName(now.visitor)}`)
   document.body.dataset.scene = now.scene
 }
