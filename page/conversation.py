@@ -7,14 +7,14 @@ from typing import Any, cast
 
 from chat import persona
 from chat.engine import MAX_CHARACTERS, MAX_TURNS
-from chat.persona import NAME, PASSER_BY, SCENES, SYSTEM_PROMPT, Message
+from chat.persona import HINT, NAME, PASSER_BY, SCENES, SYSTEM_PROMPT, Message, her_words
 
-HINT = "\n\n〔"  # opens a plain hint below her words; a history is cut there
 PROVENANCE = "来历 · Provenance"  # title of the note below a reply; a history drops what has a title
 MAX_MESSAGE = 2 * MAX_CHARACTERS  # characters of one message in a history
 MAX_FILE = 1_000_000  # characters of a file that is read back
 MAX_ALTERNATIVES = 9  # replies to one question that are kept
-FORMATS = {"Markdown": "md", "JSON": "json", "ShareGPT": "sharegpt.json"}  # of exports, with the file name's suffix
+# Forms of exports, with the file name's suffix. ShareGPT and messages are for training, here or by other programs.
+FORMATS = {"Markdown": "md", "JSON": "json", "ShareGPT": "sharegpt.json", "messages": "messages.json"}
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ChatbotMessage = dict[str, Any]  # a message as gr.Chatbot takes it
 
@@ -34,20 +34,20 @@ def plain_text(content: object) -> str:
     return "".join(text for text in texts if isinstance(text, str)).strip()
 
 
-def read_history(history: Sequence[Any]) -> list[Message]:
-    """The visitor's and her messages of a page's history, as plain text.
+def read_history(history: Sequence[Any], most: int = MAX_TURNS) -> list[Message]:
+    """The visitor's and her messages of a page's history, as plain text, the newest `most` of them.
 
     A history can be forged: other roles are dropped, lengths capped. Her greeting is dropped too, for she was trained
     on conversations that the visitor opens; so are notes on provenance.
     """
     messages: list[Message] = []
-    for entry in list(history)[-2 * MAX_TURNS :]:
+    for entry in list(history)[-2 * most :]:
         if not isinstance(entry, dict) or _has_title(entry):
             continue
         role, text = entry.get("role"), plain_text(entry.get("content")).split(HINT)[0][:MAX_MESSAGE]
         if text and (role == "user" or (role == "assistant" and messages)):
             messages.append({"role": cast("Any", role), "content": text})
-    return messages[-MAX_TURNS:]
+    return messages[-most:]
 
 
 def question(content: object) -> Message:
@@ -101,19 +101,21 @@ class Transcript:
 
 
 def export(history: Sequence[ChatbotMessage], scene: str, visitor: str, form: str) -> str:
-    """The conversation as Markdown for people, as JSON with every note, or as ShareGPT, which training can read."""
+    """The conversation as Markdown for people, as JSON with every note, or for training, as ShareGPT or messages."""
     if form == "Markdown":
         names = {"user": f"**{visitor}**", "assistant": f"**{NAME}**"}
-        lines = [f"{names[message['role']]}：{message['content']}" for message in read_history(history)]
+        lines = [f"{names[message['role']]}：{message['content']}" for message in read_history(history, len(history))]
         return "\n\n".join([f"# {NAME} · {scene}", *lines]) + "\n"
     document: Any = {"scene": scene, "visitor": visitor}
-    if form == "ShareGPT":
-        messages = read_history(history)
-        if messages and messages[-1]["role"] == "user":
-            messages.pop()  # a question without a reply teaches nothing
-        speakers = {"user": "human", "assistant": "gpt"}
-        turns = [{"from": speakers[message["role"]], "value": message["content"]} for message in messages]
-        document = [{**document, "system": SYSTEM_PROMPT, "conversations": turns}]
+    if form in ("ShareGPT", "messages"):
+        # Other programs know neither her prompt nor our scenes: both stand in the messages, as the model gets them.
+        messages = persona.with_system_prompt(persona.with_scene(_exchanges(history), scene, visitor))
+        if form == "messages":
+            document["messages"] = messages
+        else:
+            speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+            document["conversations"] = [{"from": speakers[m["role"]], "value": m["content"]} for m in messages]
+        document = [document]
     else:
         document["messages"] = [
             {"role": entry["role"], "content": plain_text(entry["content"])}
@@ -124,8 +126,31 @@ def export(history: Sequence[ChatbotMessage], scene: str, visitor: str, form: st
     return json.dumps(document, ensure_ascii=False, indent=1) + "\n"
 
 
+def _exchanges(history: Sequence[ChatbotMessage]) -> list[Message]:
+    """Each question that she answered, and her words: without greeting, notes, hints, and what stands for a reply."""
+    messages: list[Message] = []
+    for asked, *reply in _by_question(history):
+        words = [her_words(plain_text(entry.get("content"))) for entry in reply if not _has_title(entry)]
+        text, answer = plain_text(asked.get("content")), "".join(words)
+        if text and answer:
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def _by_question(history: Sequence[ChatbotMessage]) -> list[list[ChatbotMessage]]:
+    """The history cut before each question; what stands before the first one is left out."""
+    parts: list[list[ChatbotMessage]] = []
+    for entry in history:
+        role = entry.get("role") if isinstance(entry, dict) else None
+        if role == "user":
+            parts.append([entry])
+        elif parts and role == "assistant":
+            parts[-1].append(entry)
+    return parts
+
+
 def read_transcript(text: str) -> Transcript:
-    """Read back what `export` wrote as JSON or ShareGPT, or what the browser kept. Raises ValueError.
+    """Read back what `export` wrote, Markdown aside, or what the browser kept. Raises ValueError.
 
     It may be forged: roles, lengths, scene and visitor are checked as a stranger's.
     """
@@ -136,8 +161,10 @@ def read_transcript(text: str) -> Transcript:
         data = data[0] if isinstance(data, list) else data
         entries = data.get("messages") or data["conversations"]
         scene, visitor = data.get("scene") or SCENES[0].name, data.get("visitor") or PASSER_BY
-        persona.with_scene([], scene, visitor)
-        messages = [_checked(entry) for entry in entries[: 4 * MAX_TURNS]]
+        [cue] = persona.with_scene([{"role": "user", "content": ""}], scene, visitor)
+        if entries and plain_text(entries[0].get("content", entries[0].get("value"))) == SYSTEM_PROMPT:
+            entries = entries[1:]
+        messages = [_checked(entry, cue["content"]) for entry in entries[: 4 * MAX_TURNS]]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
             "读不懂：请选本页存出的 JSON 或 ShareGPT。 Not a transcript of this page; its JSON or ShareGPT can be read."
@@ -147,11 +174,13 @@ def read_transcript(text: str) -> Transcript:
     return Transcript(scene, visitor, messages)
 
 
-def _checked(entry: dict[str, Any]) -> ChatbotMessage:
-    """A message with nothing but its role, its text and, for a note, our own title."""
+def _checked(entry: dict[str, Any], cue: str) -> ChatbotMessage:
+    """A message with nothing but its role, its text without the scene's cue and, for a note, our own title."""
     role = SPEAKERS[entry.get("role") or entry["from"]]
     text = plain_text(entry["content"] if "content" in entry else entry["value"])
-    return note(text) if role == "assistant" and _has_title(entry) else {"role": role, "content": text}
+    if role == "assistant" and _has_title(entry):
+        return note(text)
+    return {"role": role, "content": text.removeprefix(cue) if role == "user" else text}
 
 
 @dataclass(frozen=True)

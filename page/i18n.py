@@ -33,6 +33,7 @@ TEXTS = {
     "export_markdown": ("存为 Markdown", "Save as Markdown"),
     "export_json": ("存为 JSON", "Save as JSON"),
     "export_sharegpt": ("存为 ShareGPT", "Save as ShareGPT"),
+    "export_messages": ("存为 messages", "Save as messages"),
     "import": ("取回一段", "Open a saved one"),
     "forget": ("全部抹去", "Delete everything"),
     "private": (

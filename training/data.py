@@ -11,13 +11,13 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chat.download import digest, fetch
-from training.formats import Example, Notes, read_examples
+from training.formats import Example, Notes, first_of, read_examples
 from training.reader import SUFFIXES, Fault, read, read_hub, suffix
 from training.tokens import Encoded, base_tokenizer, encode_each, length_note, show_row
 
@@ -32,8 +32,7 @@ ROWS = ".rows"  # ends the name of a list of the full set's row numbers, one a l
 INFO = "dataset_info.json"  # LLaMA-Factory's list of files
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LARGEST_VALIDATION_GROUP = 8  # rows; 你是谁？ and 你好 stand in the set fifty times: they are taught, not tested
-MOST_VALIDATION_ROWS, VALIDATION_SHARE = 200, 10  # held out by default: one row of ten, at most so many
-MOST_FAULTS = 20  # sentences told at once
+VALIDATION_ROWS = 200  # held out by default, but at most a tenth of all rows
 
 
 @dataclass
@@ -55,11 +54,8 @@ class Reading:
 
     def complaint(self) -> str:
         """All faults, the first ones in full, each on a line."""
-        more = len(self.faults) - MOST_FAULTS
-        told = self.faults[:MOST_FAULTS] + ([f"and {more} more"] if more > 0 else [])
-        if not self.fatal:
-            told.append("--skip-bad-rows leaves these rows out.")
-        return "\n".join(told)
+        told = first_of(self.faults)
+        return "\n".join(told if self.fatal else [*told, "--skip-bad-rows leaves these rows out."])
 
 
 def load(names: Iterable[str], system: str = "hers", skip_bad_rows: bool = False) -> list[Example]:
@@ -179,17 +175,17 @@ def _files(folder: Path, notes: list[str]) -> list[Path]:
     return files
 
 
-def split(examples: Sequence[Example], validation_rows: int | None, seed: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Example], validation_rows: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Training and validation (held-out) examples; no question, answer or dialogue stands on both sides.
 
-    Whole groups are held out, in an order drawn with `seed`, until there are `validation_rows`; None, or so many that
-    nothing is left to learn, holds out a tenth, at most 200. A file that is named twice is learned twice as often, but
-    held out once.
+    Whole groups are held out, in an order drawn with `seed`, until there are `validation_rows`. Of the default, and
+    of a number that leaves nothing to learn, it is at most a tenth of the examples. A file that is named twice is
+    learned twice as often, but held out once.
     """
-    share = min(MOST_VALIDATION_ROWS, len(examples) // VALIDATION_SHARE)
+    share = min(validation_rows, len(examples) // 10)
     groups = _groups(examples)
     random.Random(seed).shuffle(groups)
-    for limit in (share if validation_rows is None else validation_rows, share):
+    for limit in (share if validation_rows == VALIDATION_ROWS else validation_rows, share):
         validation: dict[tuple[str, int, int], Example] = {}
         for group in groups:
             replies = {example.key: example for example in group}
@@ -212,7 +208,7 @@ def _groups(examples: Sequence[Example]) -> list[list[Example]]:
 
     first: dict[object, int] = {}
     for i, e in enumerate(examples):
-        for key in (("question", e.question.strip()), ("answer", e.answer.strip()), (e.path, e.row)):
+        for key in (("question", e.question.strip()), ("answer", e.answer.strip()), e.key[:2]):
             parent[root(i)] = root(first.setdefault(key, i))
     groups: dict[int, list[Example]] = defaultdict(list)
     for i, example in enumerate(examples):
@@ -256,7 +252,9 @@ def main() -> None:
         if rows:
             print(show_row(tokenizer, rows[0]), length_note(rows, arguments.max_length), sep="\n")  # type: ignore[arg-type]
         elif not tokenizer:
-            print("Tokens were not counted: no base is on this disk. Name its folder with --base, or start app.py once.")
+            print(
+                "Tokens were not counted: no base is on this disk. Name its folder with --base, or start app.py once."
+            )
     refused = reading.fatal or not arguments.skip_bad_rows
     if reading.faults and refused:
         sys.exit(reading.complaint())

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 from chat.persona import NAME, PASSER_BY, SCENES, SYSTEM_PROMPT, Message, her_words, with_scene
@@ -49,24 +50,20 @@ class Example:
 
     messages: tuple[Message, ...]
     answer: str
-    path: str  # of the file, or the name on the Hub
+    source: str  # the file's name
     row: int  # from 1
+    path: str = ""  # of the file, or the name of a data set on the Hub
     line: int = 0  # from 1, where the row begins; 0 where the file has no lines
     system: str = SYSTEM_PROMPT
 
     @property
     def key(self) -> tuple[str, int, int]:
         """What tells the reply from all others."""
-        return self.path, self.row, len(self.messages)
-
-    @property
-    def source(self) -> str:
-        """The file's name."""
-        return self.path.replace("\\", "/").rpartition("/")[2]
+        return self.path or self.source, self.row, len(self.messages)
 
     @property
     def where(self) -> str:
-        return f"{self.path}, line {self.line}" if self.line else f"{self.path}, row {self.row}"
+        return f"{self.path or self.source}, {f'line {self.line}' if self.line else f'row {self.row}'}"
 
     @property
     def question(self) -> str:
@@ -89,6 +86,11 @@ class Turn:
     text: str
     learned: bool
     field: str
+
+
+def first_of(sentences: list[str], most: int = 20) -> list[str]:
+    """The first sentences, and how many more there are."""
+    return sentences[:most] + ([f"and {len(sentences) - most} more"] if len(sentences) > most else [])
 
 
 def read_examples(
@@ -174,8 +176,8 @@ def _examples(row: Row, path: str, number: int, notes: Notes, own_system: bool) 
         raise Fault(f"is no JSON object. {FORMS}")
     value = {name: item for name, item in value.items() if item is not None}
     if found := [name for name in PREFERRED if value.get(name)]:
-        raise Fault("ranks one reply against another, which is not learned here. Keep the better reply as \"output\", or "
-                    "as the last of \"messages\", and delete the other.", found[0])  # fmt: skip
+        raise Fault("ranks one reply above another, and a reply alone is learned here. Keep the better one as "
+                    '"output", or as the last of "messages", and delete the other.', found[0])  # fmt: skip
     of_page = value.keys() >= {"scene", "visitor", "messages"}
     if of_page and isinstance(value["messages"], list):
         value["messages"] = [each for each in value["messages"] if not _is_note(each)]
@@ -190,10 +192,11 @@ def _examples(row: Row, path: str, number: int, notes: Notes, own_system: bool) 
         turns = turns[:-1]
         notes.remarks[OPEN_QUESTION] += 1
     _require_exchanges(turns)
+    name = Path(path).name
     messages = _with_scene([{"role": cast("Any", turn.role), "content": turn.text} for turn in turns], value)
     for end in range(1, len(messages), 2):
         if learned and turns[end].learned:
-            yield Example(tuple(messages[:end]), turns[end].text, path, number, row.line, system)
+            yield Example(tuple(messages[:end]), turns[end].text, name, number, path, row.line, system)
         else:
             notes.remarks[NOT_LEARNED] += 1
 

@@ -1,5 +1,6 @@
 """Example to ids and labels, as the chat's own prompt: only the reply is learned."""
 
+import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, islice
@@ -14,7 +15,9 @@ from chat.checkpoints import on_disk, read_json
 from chat.gguf_tokenizer import GgufTokenizer
 from chat.prompt import escape_special_tokens
 from qwen2 import IGNORE_INDEX
-from training.formats import Example
+from training.formats import Example, first_of
+
+log = logging.getLogger(__name__)
 
 START = "<|im_start|>"  # opens each message in ChatML, and stands in no message: see escape_special_tokens
 BATCH = 1024  # dialogues tokenized at once: enough for all cores, few enough for flat memory
@@ -23,7 +26,8 @@ BATCH = 1024  # dialogues tokenized at once: enough for all cores, few enough fo
 class TemplateTokenizer(Protocol):
     """What is asked of a tokenizer here, by the names that transformers gives it."""
 
-    backend_tokenizer: Any
+    @property
+    def backend_tokenizer(self) -> Any: ...
 
     def apply_chat_template(self, conversation: Any, *, tokenize: Any, add_generation_prompt: bool) -> Any: ...
 
@@ -34,7 +38,12 @@ class Encoded:
     __slots__ = ("_input_ids", "_labels", "cut", "ends", "full_length")
 
     def __init__(
-        self, input_ids: Sequence[int], labels: Sequence[int], full_length: int = 0, cut: bool = False, ends: bool = True
+        self,
+        input_ids: Sequence[int],
+        labels: Sequence[int],
+        full_length: int = 0,
+        cut: bool = False,
+        ends: bool = True,
     ) -> None:
         """`full_length`: tokens the row has uncut; `cut`: its reply lost its end; `ends`: it ends on its terminator."""
         self._input_ids, self._labels = array("i", input_ids), array("i", labels)
@@ -67,12 +76,27 @@ def encode(
     on the terminator unless `end_cut_replies`: the model would learn to stop in mid-sentence. Raises ValueError naming
     file and line of each question that alone leaves no room for a reply.
     """
-    rows, faults = [], []
+    rows: list[Encoded] = []
+    faults: list[str] = []
     for row in encode_each(tokenizer, examples, max_length, terminator, end_cut_replies):
-        (faults if isinstance(row, str) else rows).append(row)  # type: ignore[arg-type]
+        if isinstance(row, str):
+            faults.append(row)
+        else:
+            rows.append(row)
     if faults:
-        raise ValueError("\n".join(faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])))
-    return rows  # type: ignore[return-value]
+        raise ValueError("\n".join(first_of(faults)))
+    return rows
+
+
+def fitting(
+    tokenizer: TemplateTokenizer, examples: Sequence[Example], max_length: int, terminator: str
+) -> list[Example]:
+    """The examples whose question leaves room for a reply; how many do not is logged."""
+    rows = encode_each(tokenizer, examples, max_length, terminator)
+    kept = [example for example, row in zip(examples, rows, strict=True) if not isinstance(row, str)]
+    if left := len(examples) - len(kept):
+        log.warning("%d rows are left out: their questions leave no room for a reply.", left)
+    return kept
 
 
 def encode_each(
@@ -170,7 +194,8 @@ def length_note(rows: Iterable[Encoded], max_length: int) -> str:
     lost = [f"{len(cut)} lose the end of the reply {ends}"] if cut else []
     lost += [f"{len(long) - len(cut)} lose their oldest messages"] if len(long) > len(cut) else []
     longest = max(row.full_length for row in long)
-    return f"{len(long)} rows are longer than --max-length {max_length}: {', '.join(lost)}. --max-length {longest} fits all."
+    what = f"{len(long)} rows are longer than --max-length {max_length}: {', '.join(lost)}"
+    return f"{what}. --max-length {longest} fits all."
 
 
 def show_row(tokenizer: TemplateTokenizer, row: Encoded) -> str:
