@@ -238,7 +238,8 @@ def _turns(value: dict[str, Any], notes: Notes) -> list[Turn]:
         raise Fault("is no list of pairs. Write it as [[question, reply], …].", "history")
     turns += _list(history, "history", notes)
     if isinstance(value[answer], list) and isinstance(value.get(question), list | None):  # TRL's conversational form
-        return turns + _list(value.get(question) or [], question, notes) + _list(value[answer], answer, notes)
+        prompt = [replace(turn, learned=False) for turn in _list(value.get(question) or [], question, notes)]
+        return turns + prompt + _list(value[answer], answer, notes)
     asked = [name for name in (question, added) if name and value[name] != ""]
     if len(asked) > 1:
         notes.remarks[JOINED] += 1  # the tutorial puts nothing between; in its own file the input is always empty
@@ -305,7 +306,9 @@ def _drop(value: Mapping[str, Any], used: set[str], where: str, notes: Notes) ->
 def _learned(value: Mapping[str, Any], names: Iterable[str], where: str = "") -> bool:
     """Whether none of the fields keeps a reply from being learned. Raises Fault for a value between yes and no."""
     for name in names:
-        flag = FLAGS.get(str(value.get(name, "1")).strip().lower())
+        if name not in value:
+            continue
+        flag = FLAGS.get(str(value[name]).strip().lower())
         if flag is None and name not in LIKED:  # a label may also be a class
             what = f"is {value[name]}; a reply is learned or not. Write 1 or 0, true or false."
             raise Fault(what, f"{where}{name}")
