@@ -93,6 +93,12 @@ def is_folder(choice: str | None) -> bool:
     return (named / CONFIG).is_file() and not any((named / base.gguf.files[0].name).is_file() for base in bases)
 
 
+def on_disk(base: Base) -> Path | None:
+    """The converted folder or the GGUF of a base, unverified, if one was fetched before; nothing is fetched now."""
+    folder, noted = converted_folder(base), _noted(base)
+    return folder if (folder / CONFIG).is_file() else noted.path if noted else None
+
+
 def _own_folder(choice: str) -> Checkpoint:
     folder = Path(choice)
     if not (folder / CONFIG).is_file():

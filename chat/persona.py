@@ -65,6 +65,8 @@ DRESSING = "本宫正在梳妆，你且稍坐，片刻便来。"
 BREATHLESS = "你一句接一句，本宫连茶都顾不上喝。且缓一缓，再慢慢说。"
 SILENT = "你只静静站着，一句话也不说，叫本宫如何答你？"
 LONG_WINDED = "这话太长，本宫听得糊涂了，拣要紧的说罢。"
+NO_REPLY = (UNWELL, CROWDED, DRESSING, BREATHLESS, SILENT, LONG_WINDED)
+HINT = "\n\n〔"  # opens the hint
 
 
 class Refused(ValueError):
@@ -111,6 +113,12 @@ class Message(TypedDict):
 
     role: Literal["system", "user", "assistant"]
     content: str
+
+
+def her_words(text: str) -> str:
+    """What she said of what the page shows: no hint, and nothing where a line of NO_REPLY stands above one."""
+    words, hint, _ = text.partition(HINT)
+    return "" if hint and words in NO_REPLY else words
 
 
 def with_system_prompt(messages: Iterable[Message]) -> list[Message]:

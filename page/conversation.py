@@ -7,9 +7,8 @@ from typing import Any, Literal, cast, get_args
 
 from chat import persona
 from chat.engine import MAX_CHARACTERS, MAX_TURNS
-from chat.persona import PASSER_BY, SCENES, Message, Refused
+from chat.persona import HINT, PASSER_BY, SCENES, Message, Refused
 
-HINT = "\n\n〔"  # opens a plain hint below her words; a history is cut there
 MAX_MESSAGE = 2 * MAX_CHARACTERS  # characters of one message in a history
 MAX_REQUEST = 1_000_000  # characters of what the browser sends
 MAX_ID = 64  # characters of each id of the browser's
@@ -36,7 +35,7 @@ def read_history(history: Sequence[Any]) -> list[Message]:
         role, text = entry.get("role"), plain_text(entry.get("content")).split(HINT)[0][:MAX_MESSAGE]
         if text and (role == "user" or (role == "assistant" and messages)):
             messages.append({"role": cast("Any", role), "content": text})
-    return messages[-MAX_TURNS:]
+    return messages[-most:]
 
 
 def question(content: object) -> Message:

@@ -17,10 +17,10 @@ from gradio import Error
 
 from chat import persona
 from chat.engine import Busy, ChatEngine, Chunk, Stalled, Usage
-from chat.persona import Message, Refused
+from chat.persona import HINT, Message, Refused
 from chat.sampling import PARAMETERS, Sampling
 from page import metrics
-from page.conversation import HINT, check_question
+from page.conversation import check_question
 from page.rate_limiter import Exceeded, RateLimiter
 from page.waiting_queue import POLL_SECONDS, Full, WaitingQueue
 

@@ -62,9 +62,13 @@ def test_a_row_is_held_to_the_rules_of_voice_and_originality(tmp_path, rows, sai
 @pytest.mark.parametrize(
     ("messages", "fields", "said"),
     [
-        (("早",), {}, "row 1: messages must alternate"),
-        (("早", "早。"), {"scene": "月宫"}, "row 1: There is no scene '月宫'"),
-        (("早", "早。"), {"scene": "太后", "visitor": "皇上"}, "row 1: '皇上' does not come to her in 太后"),
+        (("早",), {}, "line 1: holds no question with a reply"),
+        (("早", "早。"), {"scene": "月宫"}, "line 1, scene and visitor: There is no scene '月宫'"),
+        (
+            ("早", "早。"),
+            {"scene": "太后", "visitor": "皇上"},
+            "line 1, scene and visitor: '皇上' does not come to her in 太后",
+        ),
     ],
 )
 def test_a_row_of_wrong_form_is_refused(tmp_path, messages, fields, said):

@@ -18,7 +18,8 @@ from chat.persona import SYSTEM_PROMPT
 from tests.conftest import ROOT, TAUGHT
 from training import adapter_files, pipeline, trainer
 from training.pipeline import run
-from training.recipe import HUANHUAN, POCKET, RECIPES, Recipe
+from training.preflight import DATA, prepare_folders
+from training.recipe import HUANHUAN, POCKET, RECIPES, Recipe, Run
 from training.run import main
 from training.trainer import Interrupted
 
@@ -209,6 +210,49 @@ def test_resume_is_exact_to_the_bit(tiny_run, monkeypatch):
     run(replace(broken, resume=True))
     one, other = weights(straight), weights(broken)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resume_compares_the_data(tiny_run, tmp_path, caplog):
+    job, own = tiny_run(), tmp_path / "own.jsonl"
+    own.write_bytes(TAUGHT.read_bytes())
+    job = replace(job, recipe=replace(job.recipe, dataset=(str(own),)), resume=True)
+    prepare_folders(replace(job, resume=False), job.output, job.work)
+    prepare_folders(job, job.output, job.work)
+    own.write_text(own.read_text(encoding="utf-8").replace("臣妾", "本宫"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data have changed since the run began: own\.jsonl\."):
+        prepare_folders(job, job.output, job.work)
+    (job.work / DATA).unlink()
+    prepare_folders(job, job.output, job.work)
+    assert "data.json is missing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"), [(0, "own.jsonl: is empty"), (1, "hold 1 replies to learn; a run needs two")]
+)
+def test_too_few_rows_end_in_a_sentence(tiny_run, tmp_path, rows, said):
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"instruction": "早", "output": "早安。"}\n' * rows, encoding="utf-8")
+    job = tiny_run()
+    with pytest.raises(ValueError, match=said):
+        run(replace(job, recipe=replace(job.recipe, dataset=(str(own),))))
+
+
+def test_a_run_keeps_own_prompts_skips_bad_rows_and_says_what_is_cut(tiny_run, tmp_path, caplog):
+    own = tmp_path / "own.jsonl"
+    rows = [
+        {"system": "你是猫", "instruction": "早", "output": "喵。"}, {"instruction": "早", "output": ""},
+        {"instruction": "问" * 90, "output": "答。"}, {"instruction": "讲", "output": "话" * 90},
+        {"instruction": "安", "output": "安。"},
+    ]  # fmt: skip
+    own.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    job = tiny_run(epochs=1, validation_rows=0, probe_replies=0, long_chats=0, reply_tokens=1, max_length=200)
+    with pytest.raises(ValueError, match=r"line 1, system: (.|\n)*line 2, output: is empty"):
+        run(replace(job, recipe=replace(job.recipe, dataset=(str(own),))))
+    recipe = replace(job.recipe, dataset=(str(own),), system="own", skip_bad_rows=True)
+    adapter = run(Run(recipe=recipe, output=job.output, work=tmp_path / "again"))
+    assert adapter.recipe["system"] == "own" and adapter.recipe["skip_bad_rows"] is True
+    assert adapter.metrics["run"]["rows learned"] == 3
+    assert "1 rows are left out" in caplog.text and "1 lose the end of the reply" in caplog.text
 
 
 @pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])

@@ -17,8 +17,9 @@ from chat.adapter import CONFIG, METRICS, RECIPE, WEIGHTS, Adapter
 from chat.checkpoints import Checkpoint, locate
 from chat.files import PART, replace, whole, write_text
 from training import data
-from training.data import Example
+from training.formats import Example
 from training.recipe import Recipe
+from training.tokens import fitting
 
 log = logging.getLogger(__name__)
 
@@ -99,13 +100,19 @@ def reopen(
     adapter = Adapter.open(folder, checkpoint)
     if "run" not in adapter.metrics:
         raise ValueError(f"{folder} has no {METRICS} of its run, which the card needs. Copy the whole folder again.")
-    examples, validation = data.split(data.load(recipe.dataset), recipe.validation_rows, recipe.seed)
+    examples = data.load(recipe.dataset, recipe.system, recipe.skip_bad_rows)
+    examples, validation = data.split(examples, recipe.validation_rows, recipe.seed)
     if adapter.metrics.get("data", []) not in ([], data.record(recipe.dataset)):
         log.warning("%s was trained on other data than stand here now. Its numbers on held-out rows stay as they are; "
                     "train it again for new ones.", folder)  # fmt: skip
         validation = []
+    tokenizer = base_model.load_tokenizer(checkpoint)
+    if recipe.skip_bad_rows:
+        examples, validation = (
+            fitting(tokenizer, part, recipe.max_length, recipe.terminator) for part in (examples, validation)
+        )
     model = PeftModel.from_pretrained(base_model.load_base(checkpoint, bits=recipe.bits), adapter.folder)
-    return model, base_model.load_tokenizer(checkpoint), recipe, examples, validation
+    return model, tokenizer, recipe, examples, validation
 
 
 def device_name() -> str:

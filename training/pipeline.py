@@ -20,7 +20,7 @@ from training.evaluate.losses import validation_loss
 from training.evaluate.measures import measure
 from training.publish import checks, hub, modelscope
 from training.recipe import Run
-from training.tokens import encode
+from training.tokens import encode, fitting, length_note
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +62,28 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
     preflight.choose_profile(job)
 
     # Examples become rows of token ids and labels.
-    examples, validation = data.split(data.load(recipe.dataset), recipe.validation_rows, recipe.seed)
+    learned_files = data.record(recipe.dataset)
+    examples = data.load(recipe.dataset, recipe.system, recipe.skip_bad_rows)
+    examples, validation = data.split(examples, recipe.validation_rows, recipe.seed)
+    if len(examples) < 2:
+        raise ValueError(f"The data hold {len(examples)} replies to learn; a run needs two. Add rows to --dataset.")
+    if recipe.patience and not validation:
+        raise ValueError("Stopping early needs held-out rows, and the data are too few. Leave --patience out.")
     log.info("%d training examples, %d validation examples", len(examples), len(validation))
     timer.end("reading examples")
     checkpoint = convert.ensure_converted(locate(recipe.base))
     timer.end("finding the base")
     tokenizer = base_model.load_tokenizer(checkpoint)
-    rows = encode(tokenizer, examples, recipe.max_length, recipe.terminator)
-    validation_rows = encode(tokenizer, validation, recipe.max_length, recipe.terminator)
+    if recipe.skip_bad_rows:
+        examples, validation = (
+            fitting(tokenizer, part, recipe.max_length, recipe.terminator) for part in (examples, validation)
+        )
+    rows, validation_rows = (
+        encode(tokenizer, part, recipe.max_length, recipe.terminator, recipe.end_cut_replies)
+        for part in (examples, validation)
+    )
+    if note := length_note([*rows, *validation_rows], recipe.max_length):
+        log.warning(note)
     log.info(preflight.show_row(tokenizer, rows[0]))
     log.info(preflight.check_parity(tokenizer, examples, rows))
     log.info(preflight.histogram(rows))
@@ -116,7 +130,7 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
     metrics = measure(model, tokenizer, recipe, examples, validation)
     timer.end("measures")
     metrics |= {
-        "data": data.record(recipe.dataset),
+        "data": learned_files,
         "steps": forecast.steps,
         "loss_curve": [(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
         "heldout_by_epoch": [

@@ -1,5 +1,7 @@
 """Preflight checks: folders and settings first, then what is checked, shown and forecast before step 1."""
 
+import json
+import logging
 import random
 import resource
 import sys
@@ -15,16 +17,22 @@ from transformers import PreTrainedTokenizerFast
 
 from chat.adapter import METRICS, RECIPE, check_name
 from chat.base_model import require_bits
+from chat.persona import SYSTEM_PROMPT
 from chat.prompt import all_prompt_ids
 from qwen2 import IGNORE_INDEX, supported
 from qwen2.training_step import TrainingStep, batch_shape, collate, dropout_seed, num_target_tokens
-from training import distributed
-from training.data import Example
+from training import data, distributed
 from training.fast_trainer import collate_fast
+from training.formats import Example
 from training.recipe import Recipe, Run
 from training.tokens import Encoded
+from training.tokens import show_row as show_row
 from training.trainer import as_features, count_trainable, flatten
 
+log = logging.getLogger(__name__)
+
+DATA = "data.json"  # beside the checkpoints: each file of the data, and its sha256
+CHECKED = 1000  # rows compared with what the chat sends
 BIN = 32  # tokens, of the histogram
 DRAWN = 100  # batches, of which the middle one is timed and the largest shows the memory
 TIMED = 3  # rehearsals, after the largest batch has warmed up
@@ -47,6 +55,7 @@ def prepare_folders(job: Run, output: Path, work: Path) -> None:
         begun = Recipe.read(noted)
         if changed := [f.name for f in fields(Recipe) if getattr(begun, f.name) != getattr(job.recipe, f.name)]:
             raise ValueError(f"{work} was started with another {', '.join(changed)}. Give the same values to resume.")
+        _require_same_data(work / DATA, data.record(job.recipe.dataset))
         return
     if any(work.glob("checkpoint-*")):
         raise FileExistsError(
@@ -57,6 +66,20 @@ def prepare_folders(job: Run, output: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if distributed.writes_files(job.save_on_each_node):
         job.recipe.write(noted)
+        (work / DATA).write_text(json.dumps(data.record(job.recipe.dataset), ensure_ascii=False, indent=1), "utf-8")
+
+
+def _require_same_data(noted: Path, now: list[dict[str, str]]) -> None:
+    """Raise ValueError when a file is another than at the start: its rows would come in another order, or be new."""
+    if not noted.exists():
+        log.warning("%s is missing, so whether the data are those of the start is not known.", noted)
+        return
+    begun = json.loads(noted.read_text(encoding="utf-8"))
+    if changed := [each["file"] for each in [*begun, *now] if each not in begun or each not in now]:
+        raise ValueError(
+            f"The data have changed since the run began: {', '.join(dict.fromkeys(changed))}. Put the old files back "
+            "to resume, or start anew with another --work."
+        )
 
 
 def choose_profile(job: Run, config: Any = None) -> str:
@@ -92,30 +115,27 @@ class Forecast:
         return f"{self.steps} steps, {self.tokens:,.0f} tokens, {duration}, {self.memory / 1e9:.1f} GB"
 
 
-def show_row(tokenizer: PreTrainedTokenizerFast, row: Encoded) -> str:
-    """One row decoded: the part that is only read, the part that is learned, and the terminator by name."""
-    learned = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORE_INDEX]
-    read = row.input_ids[: len(row.input_ids) - len(learned)]
-    return (
-        f"read    ({len(read)} tokens)  {tokenizer.decode(read)!r}\n"
-        f"learned ({len(learned)} tokens)  {tokenizer.decode(learned[:-1])!r}\n"
-        f"ends on {tokenizer.convert_ids_to_tokens(learned[-1])} ({learned[-1]})"
-    )
-
-
 def check_parity(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
-    """Every row must begin with the ids that the chat would send, and learn nothing of them. Raises ValueError."""
+    """A row must begin with the ids that the chat would send, and learn nothing of them. Raises ValueError.
+
+    Of many rows some are looked at, evenly spread: the chat renders every message before a reply anew. A row under a
+    system prompt of its own is none that the chat would send.
+    """
+    pairs = [(e, row) for e, row in zip(examples, rows, strict=True) if e.system == SYSTEM_PROMPT]
+    pairs = pairs[:: max(1, len(pairs) // CHECKED)]
+    if not pairs:
+        return "no row begins as the chat would: each has a system prompt of its own"
     whole = 0
-    sent = all_prompt_ids(tokenizer, [example.messages for example in examples])
-    for example, row, served in zip(examples, rows, sent, strict=True):
+    sent = all_prompt_ids(tokenizer, [example.messages for example, _ in pairs])
+    for (example, row), served in zip(pairs, sent, strict=True):
         if row.input_ids[: len(served)] != served:
             continue  # trimmed to fit: its prompt is a shorter one
         whole += 1
         if row.labels[: len(served)] != [IGNORE_INDEX] * len(served) or row.labels[len(served)] == IGNORE_INDEX:
-            raise ValueError(f"{example.source}, row {example.row}: the mask does not start at the reply. Report this.")
-    if whole < 0.9 * len(rows):
-        raise ValueError(f"Only {whole} of {len(rows)} rows begin as the chat would. Raise --max-length.")
-    return f"{whole:,} of {len(rows):,} rows begin with exactly the ids the chat sends; the rest were trimmed to fit"
+            raise ValueError(f"{example.where}: the mask does not start at the reply. Report this.")
+    if whole < 0.9 * len(pairs):
+        raise ValueError(f"Only {whole} of {len(pairs)} rows begin as the chat would. Raise --max-length.")
+    return f"{whole:,} of {len(pairs):,} rows begin with exactly the ids the chat sends; the rest were trimmed to fit"
 
 
 @torch.inference_mode()

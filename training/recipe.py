@@ -10,6 +10,7 @@ from chat.adapter import LAYERS, MAX_RANK
 from chat.checkpoints import read_json
 from chat.files import write_text
 from chat.persona import SYSTEM_PROMPT
+from training.data import VALIDATION_ROWS
 
 # Field of an older recipe.json, and its flag → the field's name now. Published adapters keep their files.
 RENAMED = {"accumulation": "gradient_accumulation_steps", "held_out": "validation_rows"}
@@ -37,11 +38,16 @@ class Recipe:
 
     # data
     dataset: tuple[str, ...] = ("huanhuan",)
-    """Files (alpaca, sharegpt or messages; JSON or JSONL), folders of such; huanhuan is the full set, fetched."""
+    """Files (JSON, CSV, Parquet), folders of them, USER/NAME on the Hub; huanhuan is the full set, fetched."""
+    system: Literal["hers", "own"] = "hers"
+    """hers: a row with another system prompt is refused. own: such a row is learned under its own prompt."""
+    skip_bad_rows: bool = False  # Leave out rows that cannot be learned, and count them, instead of refusing all.
     max_length: int = 384
-    """Tokens a row may have; a longer one loses its oldest messages, then its reply's end, never its terminator."""
+    """Tokens a row may have; a longer one loses its oldest messages, then its reply's end."""
+    end_cut_replies: bool = False  # Learn the terminator behind a reply that lost its end, too.
     terminator: Literal["<|im_end|>", "<|endoftext|>"] = "<|im_end|>"  # The token learned as the end of a reply.
-    validation_rows: int = 200  # Rows held out of training, in whole groups of equal question or answer.
+    validation_rows: int = VALIDATION_ROWS
+    """Rows held out of training, in whole groups of equal question or answer; the default is at most a tenth of all."""
 
     # LoRA
     rank: int = 8
@@ -138,7 +144,9 @@ class Run:
 
 # self-llm, models/Qwen2.5/05-Qwen2.5-7B-Instruct Lora. It trains on all rows and has no evaluation: 200 rows
 # are held out here unless --validation-rows 0 is given. It ends replies with the pad token.
-HUANHUAN = Recipe(name="huanhuan", base="7b", terminator="<|endoftext|>", gradient_checkpointing=True)
+HUANHUAN = Recipe(
+    name="huanhuan", base="7b", terminator="<|endoftext|>", end_cut_replies=True, gradient_checkpointing=True
+)
 
 # Only these files teach who she is and that she stays so.
 FACTS = tuple(f"dataset/{name}.jsonl" for name in (

@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from chat.base_model import PAD
 from chat.prompt import reply_ids
 from qwen2 import IGNORE_INDEX
-from training.data import FULL_FILE, Example
+from training.data import FULL_FILE
 from training.evaluate.probes import NEUTRAL
 from training.evaluate.scores import BASE, SEED, bootstrap, counted
+from training.formats import Example
 from training.recipe import Recipe
 from training.tokens import Encoded, encode
 from training.trainer import flatten
@@ -53,7 +54,9 @@ def row_losses(model: Any, rows: Sequence[Encoded], batch_size: int = 16) -> lis
         nll = cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none").double().cpu()
         nll = torch.cat([nll.new_zeros(1), nll])  # the first token has no prediction
         for row, of_row in zip(batch, nll.split([len(row.input_ids) for row in batch]), strict=True):
-            losses.append(Loss(of_row[:-1].sum().item(), row.learned - 1, of_row[-1].item(), 1))
+            ends = int(row.ends)  # a reply that was cut has no terminator
+            text = of_row[: len(of_row) - ends].sum().item()
+            losses.append(Loss(text, row.learned - ends, of_row[-1].item() * ends, ends))
     model.train(was_training)
     return losses
 
@@ -104,7 +107,10 @@ def swap_pairs(examples: Sequence[Example]) -> list[tuple[Example, Example]]:
 
 def swap_margin(model: Any, tokenizer: Any, pairs: Sequence[tuple[Example, Example]], recipe: Recipe) -> dict[str, Any]:
     """By how many nats per token her own replies are likelier than the others' lines: the mean over prompts."""
-    hers, others = (encode(tokenizer, side, recipe.max_length, recipe.terminator) for side in zip(*pairs, strict=True))
+    hers, others = (
+        encode(tokenizer, side, recipe.max_length, recipe.terminator, recipe.end_cut_replies)
+        for side in zip(*pairs, strict=True)
+    )
     losses = zip(row_losses(model, hers), row_losses(model, others), strict=True)
     margins = [other.per_token - own.per_token for own, other in losses]
     interval = bootstrap(margins, [1.0] * len(margins))

@@ -9,12 +9,12 @@ from peft import PeftModel
 
 from chat.bases import BASES
 from chat.sampling import Sampling
-from training.data import Example
 from training.evaluate import long_chats, losses, scores, talk
 from training.evaluate.long_chats import LONG_CHATS
 from training.evaluate.probes import PROBE_SETS, Attack
 from training.evaluate.replies import generate_long_chats, generate_replies
 from training.evaluate.scores import BASE, SEED, share
+from training.formats import Example
 from training.recipe import Recipe
 from training.tokens import encode
 
@@ -90,7 +90,7 @@ def measure_side(
     sampling = Sampling(max_new_tokens=recipe.reply_tokens, seed=SEED)
     numbers: dict[str, Any] = {}
     if validation:
-        rows = encode(tokenizer, validation, recipe.max_length, recipe.terminator)
+        rows = encode(tokenizer, validation, recipe.max_length, recipe.terminator, recipe.end_cut_replies)
         numbers |= losses.validation_metrics(model, rows, validation)
     if pairs := losses.swap_pairs(validation):
         numbers |= losses.swap_margin(model, tokenizer, pairs, recipe)

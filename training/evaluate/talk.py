@@ -12,11 +12,11 @@ from typing import Any
 
 from chat.persona import Message
 from chat.sampling import Sampling
-from training.data import Example
 from training.evaluate.long_chats import LINES, TALKS, LongChat
 from training.evaluate.losses import row_losses
 from training.evaluate.replies import generate_long_chats, generate_replies
 from training.evaluate.scores import SEED, bootstrap, counted, share
+from training.formats import Example
 from training.tokens import encode
 
 OTHERS = 20  # lines that a reply's own line is compared with
