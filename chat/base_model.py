@@ -15,7 +15,10 @@ from chat.machine import ZERO_GPU
 from chat.sampling import Sampling
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from chat.adapter import Adapter
 
 END, PAD = "<|im_end|>", "<|endoftext|>"
 
@@ -70,6 +73,19 @@ def load_base(checkpoint: Checkpoint, device: str | None = None, bits: int = 16)
     model.config._name_or_path = model.name_or_path = checkpoint.base.name  # PEFT writes it into adapter_config.json
     model.generation_config = GenerationConfig()  # generation_config() below says everything
     return cast("PreTrainedModel", model.eval())
+
+
+def add_adapter(model: Any, adapter: "Adapter", in_fp32: bool) -> "PeftModel":
+    """A base, or one with adapters, with one more: of the adapter's config PEFT sees only what the gate has checked."""
+    from peft import LoraConfig, PeftModel, get_peft_model  # takes two seconds
+
+    lora = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **adapter.lora)
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter.name, lora, autocast_adapter_dtype=in_fp32)
+    else:
+        model = get_peft_model(model, lora, adapter.name, autocast_adapter_dtype=in_fp32)
+    model.load_adapter(str(adapter.folder), adapter.name)
+    return cast("PeftModel", model.eval())
 
 
 def ends(tokenizer: "PreTrainedTokenizerFast") -> list[int]:

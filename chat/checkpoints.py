@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a base or an adapter. Raises ValueError when it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of lists a thousand deep
         raise ValueError(f"{path} is not JSON ({error}). Copy the folder again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object. Copy the folder again.")

@@ -164,6 +164,8 @@ class ChatEngine(Protocol):
     @property
     def refused(self) -> Sequence[str]: ...  # a sentence for each one that is not served: for the log
     @property
+    def unstated(self) -> Mapping[str, Sequence[str]]: ...  # of its folder, by adapter: "prompt", "base"
+    @property
     def num_slots(self) -> int: ...  # how many replies it generates at once; further ones wait in a queue
     @property
     def max_num_seqs(self) -> int: ...  # to how many that may grow

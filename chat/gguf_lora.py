@@ -1,7 +1,6 @@
 """A PEFT LoRA as a GGUF LoRA: what llama.cpp, and with it Ollama, opens beside the base's GGUF."""
 
 import logging
-import math
 import os
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import safetensors
 
 from chat.adapter import CONFIG, WEIGHTS, Adapter, to_numpy
-from chat.checkpoints import read_json
 from chat.download import cache, digest
 
 # llama.cpp's names of the layers that PEFT adapts (gguf-py, tensor_mapping.py).
@@ -34,23 +32,21 @@ def write(adapter: Adapter, path: Path) -> None:
     """Write a checked adapter as a GGUF LoRA; only a whole file gets the name `path`.
 
     lora_a has shape (rank, in), lora_b (out, rank), both in fp16: it keeps every digit of a bf16 above 6e-5, and fp32
-    costs 4 % of the speed. llama.cpp scales by alpha / rank and knows no rsLoRA, whose scale is alpha / sqrt(rank): its
-    alpha is written times sqrt(rank). Raises ValueError for a DoRA.
+    costs 4 % of the speed. llama.cpp scales by alpha / rank and knows no rsLoRA, so `Adapter.alpha` is written. Raises
+    ValueError for a DoRA.
     """
     import gguf
 
     if adapter.dora:
         raise ValueError(NO_DORA.format(name=adapter.name))
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it reports each file that it writes
-    config = read_json(adapter.folder / CONFIG)
-    alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(part, "qwen2")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_name(adapter.name)
-    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_float32("adapter.lora.alpha", adapter.alpha)
     try:
         for name, tensor in safetensors.deserialize((adapter.folder / WEIGHTS).read_bytes()):
             # base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight

@@ -152,6 +152,7 @@ class LlamaEngine:
         self.adapters = [*(adapter.name for adapter in adapters), BASE_ONLY]
         self.refused, self.max_num_seqs, self.num_slots = list(refused), max_num_seqs, 1
         self._loras = [adapter.name for adapter in adapters]  # by llama.cpp's numbers, refused ones included
+        self.unstated = {adapter.name: adapter.unstated for adapter in adapters}
         self._digests: dict[str, str] = {}
         self._lora_queue = LoraQueue()
         self._threads = engine.InferenceThreads(max_num_seqs, "llama")

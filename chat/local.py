@@ -16,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 from chat import checkpoints, engine
 from chat.adapter import WEIGHTS, Adapter, find
-from chat.base_model import best_device, ends, generation_config, load_base, load_tokenizer, require_bits
+from chat.base_model import add_adapter, best_device, ends, generation_config, load_base, load_tokenizer, require_bits
 from chat.bases import MEMORY_7B, MEMORY_MEDIUM
 from chat.checkpoints import Checkpoint
 from chat.convert import ensure_converted
@@ -74,6 +74,7 @@ class LocalEngine:
         self.adapters = [*(adapter.name for adapter in adapters), BASE_ONLY]
         self.temperature = checkpoint.base.temperature
         self.refused, self.max_num_seqs = list(refused), max_num_seqs
+        self.unstated = {adapter.name: adapter.unstated for adapter in adapters}
         self._digests: dict[str, str] = {}
         self._doras = {adapter.name for adapter in adapters if adapter.dora}
         self._scheduler: Scheduler | None = None
@@ -102,15 +103,8 @@ class LocalEngine:
 
     def _admit(self, adapter: Adapter) -> None:
         """Load an adapter; turn it down when it leaves the logits as they are or makes them infinite."""
-        from peft import PeftModel  # takes two seconds
-
         # A DoRA's magnitudes would keep three digits in half precision.
-        dtype: Any = {"autocast_adapter_dtype": self.model.dtype == torch.float32 or adapter.dora}
-        if isinstance(self.model, PeftModel):
-            self.model.load_adapter(adapter.folder, adapter.name, **dtype)
-        else:
-            self.model = PeftModel.from_pretrained(self.model, adapter.folder, adapter.name, **dtype)
-        self.model.eval()
+        self.model = add_adapter(self.model, adapter, in_fp32=self.model.dtype == torch.float32 or adapter.dora)
         if reason := self._fault(adapter.name):
             self.model.delete_adapter(adapter.name)
             self.adapters = [name for name in self.adapters if name != adapter.name]

@@ -53,6 +53,7 @@ class RemoteEngine:
 
     def __init__(self, settings: Mapping[str, str], timeouts: Timeouts, fallback: ChatEngine | None = None) -> None:
         self._timeouts, self._fallback = timeouts, fallback
+        self.unstated: Mapping[str, Sequence[str]] = {}  # servers do not tell
         self._wanted = settings.get("ENGINE_ADAPTERS", "").replace(",", " ").split()
         self.num_slots = self.max_num_seqs = max_num_seqs(NUM_SLOTS, "ENGINE_", settings)
         key, base = settings.get("ENGINE_KEY"), settings.get("ENGINE_BASE", "")

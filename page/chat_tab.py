@@ -14,7 +14,7 @@ from chat.engine import BASE_ONLY, MAX_CHARACTERS, ChatEngine, check_adapters
 from chat.persona import NAME, PASSER_BY, SCENES, Message
 from page import conversation, gradio_internals
 from page.conversation import FORMATS, Alternatives, ChatbotMessage, Transcript
-from page.i18n import SCENE_LINE, VISITORS, text
+from page.i18n import SCENE_LINE, UNSTATED, VISITORS, text
 from page.service import NUMBERS, ChatRequest, ChatService, Reply
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -65,6 +65,7 @@ def bubbles(engine: ChatEngine, request: ChatRequest, reply: Reply, question: st
         digest, speed = engine.digest(request.adapter), f"{usage.tokens_per_second:.1f} tokens/s"
         facts = [
             f"声音 Adapter: {request.adapter}" + (f" (sha256 {digest}…)" if digest else ""),
+            *(UNSTATED[what] for what in engine.unstated.get(request.adapter, ())),
             f"底座 Base: {engine.base}",
             f"种子 Seed: {reply.seed}",
             f"{usage.tokens} tokens · 首字 first token {usage.first_token:.2f} s · {speed}",

@@ -49,6 +49,11 @@ TEXTS = {
         "One side uses the adapter, the other is the base alone; your vote reveals which.",
     ),
 }
+# What an adapter's folder does not tell, for the note below a reply.
+UNSTATED = {
+    "prompt": "训练时的提示词 Training prompt: 未注明，当作与此处相同 not stated, taken to be this one",
+    "base": "训练时的底座 Trained on: 名字不认得，按尺寸判定 not known by name, told by its dimensions",
+}
 GRADIO = {  # strings that Gradio leaves in English
     "chat_interface.new_chat": ("新的一段", "New chat"),
     "chat_interface.message_placeholder": ("说些什么……", "Type a message…"),

@@ -22,14 +22,29 @@ def can_train(target_modules: Collection[str], rank: int, use_dora: bool, bits: 
     return set(target_modules) == LAYERS and rank <= MAX_TRAINING_RANK and not use_dora and bits == 16
 
 
+def unsupported(config: Any) -> str:
+    """What in a base's config is computed in another way here, as a clause; empty when nothing is.
+
+    These are all the fields of transformers' Qwen2Config that decide what its model computes and may be set otherwise.
+    """
+    if config.model_type != "qwen2":
+        return f"our Qwen2 is no {config.model_type}"
+    known = {
+        "hidden_act": config.hidden_act == "silu",
+        "layer_types": set(config.layer_types) == {"full_attention"},  # no sliding windows
+        "rope_parameters": config.rope_parameters["rope_type"] == "default",  # no scaling
+        "attention_dropout": not config.attention_dropout,
+    }
+    others = [f"{name} {getattr(config, name)!r:.80}" for name, same in known.items() if not same]
+    return f"our Qwen2 computes it otherwise than this base's {', '.join(others)} says" if others else ""
+
+
 def require_supported(config: Any, adapters: Mapping[str, Any]) -> None:
     """Raise RuntimeError for a base (its config) or an adapter (PEFT's LoraConfig, by name) computed wrongly here."""
     if getattr(config, "quantization_config", None):
         raise RuntimeError("our Qwen2 multiplies weights of 16 bits, and this base has fewer")
-    plain = config.model_type == "qwen2" and config.hidden_act == "silu"
-    plain = plain and set(config.layer_types) == {"full_attention"}
-    if not plain or config.rope_parameters["rope_type"] != "default":
-        raise RuntimeError(f"our Qwen2 has full attention and plain rotary positions, not as this {config.model_type}")
+    if reason := unsupported(config):
+        raise RuntimeError(reason)
     for name, lora in adapters.items():
         if lora.use_dora:
             raise RuntimeError(f"our Qwen2 knows no DoRA, and {name} is one")

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from chat.engine import BASE_ONLY, Chunk, Health, Usage
 from chat.persona import Message
@@ -15,6 +16,7 @@ class FakeEngine:
     base, temperature = "scripted", Sampling.temperature
     adapters: tuple[str, ...] = ("scripted", BASE_ONLY)
     refused: tuple[str, ...] = ()
+    unstated: Mapping[str, Sequence[str]] = MappingProxyType({})
     num_slots = max_num_seqs = 1
     ready = True
     health: Health = "ok"

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from chat.adapter import CONFIG, ROOT, WEIGHTS
+from chat.adapter import CONFIG, LAYERS, ROOT, WEIGHTS, _expected_shapes
 from chat.base_model import load_base
 from chat.bases import SAMPLING, SEVEN_B, SMALL, File, Gguf
 from chat.persona import SYSTEM_PROMPT, with_system_prompt
@@ -217,6 +217,14 @@ def test_one_kind_of_file_is_asked_for(asked, tmp_path, capsys):
         asked("--gguf", tmp_path / "her.bin")
 
 
+def test_a_base_that_is_stated_as_a_path_is_told_by_the_dimensions(tmp_path):
+    shapes = _expected_shapes(1, SMALL.dimensions, dora=False)
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(LAYERS)}
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "/models/qwen"}))
+    assert export.base_of(tmp_path) == "small"
+
+
 def test_a_folder_of_which_no_base_is_known_is_refused(asked, trained, tmp_path):
     with pytest.raises(SystemExit, match=r"trained on tiny, a base of your own. Give its folder with --base"):
         asked("--gguf", tmp_path / "her.gguf", base=None)
@@ -224,7 +232,7 @@ def test_a_folder_of_which_no_base_is_known_is_refused(asked, trained, tmp_path)
     with pytest.raises(SystemExit, match=f"{CONFIG} is missing"):
         asked("--gguf", tmp_path / "her.gguf", folder=tmp_path / "empty", base=None)
     broken = shutil.copytree(trained.folder, tmp_path / "broken")
-    for text, message in (("{", "is not JSON"), ("{}", "names no base")):
+    for text, message in (("{", "is not JSON"), ("{}", "peft_type None is not a LoRA")):
         (broken / CONFIG).write_text(text)
         with pytest.raises(SystemExit, match=message):
             asked("--gguf", tmp_path / "her.gguf", folder=broken, base=None)

@@ -454,6 +454,18 @@ def test_a_machine_without_a_gpu_answers_by_llama_cpp(small, trained, monkeypatc
     assert loaded.digest("her") == digest(trained.folder / WEIGHTS)[:12]
 
 
+def test_an_adapter_of_another_program_answers_the_same_by_llama_cpp(small, trained, tmp_path, monkeypatch):
+    folder = tmp_path / "her"
+    folder.mkdir()
+    save_file({name: tensor.float() for name, tensor in load_file(trained.folder / WEIGHTS).items()}, folder / WEIGHTS)
+    config = json.loads((trained.folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "/models/qwen", "loftq_config": {}}))
+    monkeypatch.setenv("ADAPTERS", str(folder))
+    loaded = chat.load("small")
+    assert say(loaded, user("你是谁？"), "her")[0] == "臣妾明白。"
+    assert loaded.unstated == {"her": ("prompt", "base")} and loaded.refused == []
+
+
 def test_the_same_base_answers_by_transformers_when_it_is_asked_for(small, checkpoint, monkeypatch):
     monkeypatch.setattr("chat.local.ensure_converted", lambda found: checkpoint)
     loaded = chat.load("small", engine="transformers")

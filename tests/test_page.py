@@ -365,6 +365,15 @@ def test_every_way_a_reply_can_end_has_a_word():
         assert "收尾 Stop" in note["content"]
 
 
+def test_what_an_adapter_does_not_tell_of_its_training_is_said_below_its_replies():
+    engine, reply = FakeEngine("x"), service.Reply("好", "", Usage("stop", 5, 0.1, 1), 3)
+    engine.unstated = {"scripted": ("prompt", "base")}
+    _, note = chat_tab.bubbles(engine, ChatRequest(adapter="scripted"), reply)
+    assert "提示词 Training prompt: 未注明" in note["content"] and "底座 Trained on: 名字不认得" in note["content"]
+    _, note = chat_tab.bubbles(engine, ChatRequest(adapter="base"), reply)
+    assert "未注明" not in note["content"]
+
+
 # ZeroGPU
 
 

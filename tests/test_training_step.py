@@ -1,8 +1,11 @@
 """The fast profile is the faithful one computed otherwise: same rows, losses, weights and distribution of dropout."""
 
 import itertools
+import json
 import math
 import os
+import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -10,12 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, Qwen3Config
 
 from chat.adapter import WEIGHTS
 from chat.base_model import load_base
-from qwen2 import training_step
+from chat.checkpoints import locate, read_json
+from qwen2 import supported, training_step
 from tests.conftest import TAUGHT
-from training import distributed, fast_trainer, trainer
+from training import distributed, fast_trainer, preflight, trainer
 from training.data import load
 from training.pipeline import run
 from training.recipe import TINY
@@ -169,6 +174,70 @@ def test_a_fast_run_resumes_exactly_and_serves_what_it_learned(tiny_run, monkeyp
 def test_fast_refuses_what_it_does_not_compute(tiny_run):
     with pytest.raises(ValueError, match="seven layers"):
         run(replace(tiny_run(layers=("q_proj", "v_proj")), profile="fast"))
+
+
+OTHER_BASES = {
+    "hidden_act 'gelu'": {"hidden_act": "gelu"},
+    "layer_types ['sliding_attention'": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+    "rope_parameters {'rope_type': 'yarn'": {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    },
+    "attention_dropout 0.5": {"attention_dropout": 0.5},
+}
+
+
+@pytest.fixture
+def other_base(tiny_base, tmp_path):
+    """A function that makes the tiny base with other values in its config."""
+
+    def make(fields):
+        folder = shutil.copytree(tiny_base, tmp_path / "other")
+        config = read_json(folder / "config.json")
+        del config["layer_types"]
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("reason", OTHER_BASES)
+def test_a_base_that_is_computed_in_another_way_is_not_trained_fast(reason, other_base, tiny_run, monkeypatch):
+    folder = other_base(OTHER_BASES[reason])
+    job = replace(tiny_run(), profile="fast")
+    job = replace(job, recipe=replace(job.recipe, base=str(folder)))
+    with pytest.raises(ValueError, match=re.escape(reason) + ".*Leave --profile out") as refused:
+        run(job)
+    assert str(refused.value).startswith("The fast profile cannot train this base") and not job.output.exists()
+    config = AutoConfig.from_pretrained(folder)
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        supported.require_supported(config, {})
+    monkeypatch.setattr(supported, "gpu_supported", lambda: True)
+    assert preflight.choose_profile(replace(job, profile="auto")) == "fast"
+    assert preflight.choose_profile(replace(job, profile="auto"), config) == "faithful"
+
+
+def test_another_model_is_not_trained_fast():
+    assert supported.unsupported(Qwen3Config()) == "our Qwen2 is no qwen3"
+
+
+@pytest.mark.parametrize("fields", [OTHER_BASES["hidden_act 'gelu'"], OTHER_BASES["layer_types ['sliding_attention'"]])
+def test_the_first_loss_shows_a_base_that_the_guard_does_not_know(fields, other_base, rows, monkeypatch):
+    monkeypatch.setattr(training_step, "require_supported", lambda *_: None)
+    model = trainer.attach(load_base(locate(str(other_base(fields)))), TINY)
+    with pytest.raises(ValueError, match=r"first loss is [\d.]+, that of transformers' model [\d.]+"):
+        preflight.check_step(model, training_step.TrainingStep(model, 384), rows[:4])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_first_losses_agree_whatever_the_dropout_and_leave_no_gradient(tied, checkpoint, rows):
+    base = load_base(checkpoint)
+    if tied:
+        base.lm_head.weight = base.model.embed_tokens.weight
+    model = trainer.attach(base, replace(TINY, dropout=0.5))
+    said = preflight.check_step(model, training_step.TrainingStep(model, 384), rows[:4])
+    first, second = re.findall(r"\d\.\d+", said)
+    assert float(first) == pytest.approx(float(second), abs=2e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_the_step_refuses_a_lora_that_it_does_not_compute(attach):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chat import gguf_lora
-from chat.adapter import CONFIG, PART, Adapter
+from chat.adapter import CONFIG, PART, Adapter, fitting_bases, last_checkpoint
 from chat.bases import BASES, Base
 from chat.checkpoints import Checkpoint, locate, read_json
 from chat.download import require_room
@@ -61,14 +61,16 @@ def main() -> None:
 
 def base_of(folder: Path) -> str:
     """Our name of the base that an adapter's config names. Raises FileNotFoundError or ValueError."""
+    folder = last_checkpoint(folder)
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no adapter: {CONFIG} is missing. Name a folder that training.run wrote.")
-    if not (name := read_json(path).get("base_model_name_or_path")):
-        raise ValueError(f"{path} names no base. Copy the folder again.")
+    name = read_json(path).get("base_model_name_or_path")
     if choice := next((choice for choice, base in BASES.items() if base.name == name), ""):
         return choice
-    raise ValueError(f"{folder} was trained on {name}, a base of your own. Give its folder with --base.")
+    if not (choice := next(iter(fitting_bases(folder)), "")):
+        raise ValueError(f"{folder} was trained on {name}, a base of your own. Give its folder with --base.")
+    return choice
 
 
 def write_gguf(folder: Path, choice: str, path: Path) -> str:
@@ -132,13 +134,12 @@ def write_merged(folder: Path, choice: str, merged: Path) -> None:
             "`.venv/bin/pip install -c constraints.txt -r requirements.txt`, and start again."
         )
     import torch
-    from peft import PeftModel
 
     from chat import base_model, convert
 
     checkpoint = convert.ensure_converted(locate(choice))
-    Adapter.open(folder, checkpoint)
-    adapted = PeftModel.from_pretrained(base_model.load_base(checkpoint, "cpu").float(), str(folder))
+    adapter = Adapter.open(folder, checkpoint)
+    adapted: Any = base_model.add_adapter(base_model.load_base(checkpoint, "cpu").float(), adapter, in_fp32=True)
     model: Any = adapted.merge_and_unload().to(torch.bfloat16)
     merged.parent.mkdir(parents=True, exist_ok=True)
     require_room(merged.parent, 2 * model.num_parameters())

@@ -59,7 +59,7 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
         if job.push_modelscope:
             modelscope.require_permission(job.push_modelscope, job.private)
     distributed.use_own_gpu()
-    profile = preflight.choose_profile(job)
+    preflight.choose_profile(job)
 
     # Examples become rows of token ids and labels.
     examples, validation = data.split(data.load(recipe.dataset), recipe.validation_rows, recipe.seed)
@@ -76,7 +76,9 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
     timer.end("token ids")
 
     # The base gets a LoRA, and is tried out before the first step.
-    model = trainer.attach(base_model.load_base(checkpoint, bits=recipe.bits), recipe, profile)
+    base = base_model.load_base(checkpoint, bits=recipe.bits)
+    profile = preflight.choose_profile(job, base.config)
+    model = trainer.attach(base, recipe, profile)
     trainable = f"{trainer.count_trainable(model):,}"
     log.info("%s trainable parameters on %s, served by %s", trainable, checkpoint.base.name, checkpoint.source)
     timer.end("reading the base")
@@ -92,6 +94,8 @@ def run(job: Run, api: HfApi | None = None) -> Adapter | None:
         log.info("Before:   validation loss %.3f a token, of %d rows", validate()["heldout_loss"], len(validation))
         pause = timer.end("validation loss")
     step = TrainingStep(model, recipe.max_length) if profile == "fast" else None
+    if step:
+        log.info(preflight.check_step(model, step, rows[: recipe.batch_size]))
     forecast = preflight.forecast(model, rows, recipe, step, pause)
     log.info("Forecast: %s, profile %s", forecast, profile)
     timer.end("forecast")
