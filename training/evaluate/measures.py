@@ -53,9 +53,9 @@ def measure(
     if adapter.replies:
         sides = {"base": base.replies, "adapter": adapter.replies, "her own": [e.answer for e in validation]}
         metrics["markers"] = {side: scores.markers(texts) for side, texts in sides.items()}
-    metrics["evaluation"] = {"seed": SEED, "reply_tokens": recipe.reply_tokens} | {
-        "talk_temperature": page_temperature(recipe)
-    }
+    metrics["evaluation"] = {
+        "seed": SEED, "reply_tokens": recipe.reply_tokens, "temperature": page_temperature(recipe)
+    }  # fmt: skip
     for name, (_, probes) in PROBE_SETS.items():
         metrics[name] = [
             {"question": probe.question, "reply": reply, "passed": not fault, "fault": fault}
@@ -87,7 +87,7 @@ def measure_side(
     model: Any, tokenizer: Any, recipe: Recipe, learned: Sequence[Example], validation: Sequence[Example]
 ) -> Side:
     """Measure the model as it stands. What there are no rows for is left out."""
-    sampling = Sampling(max_new_tokens=recipe.reply_tokens, seed=SEED)
+    sampling = Sampling(temperature=page_temperature(recipe), max_new_tokens=recipe.reply_tokens, seed=SEED)
     numbers: dict[str, Any] = {}
     if validation:
         rows = encode(tokenizer, validation, recipe.max_length, recipe.terminator, recipe.end_cut_replies)
@@ -109,7 +109,7 @@ def measure_side(
     if drawn:
         numbers |= scores.style(drawn)
         numbers |= scores.likeness(texts, [e.answer for e in examples], [e.answer for e in learned])
-    everyday = talk.generate_talk(model, tokenizer, recipe.talk_lines, page_temperature(recipe))
+    everyday = talk.generate_talk(model, tokenizer, recipe.talk_lines, sampling.temperature)
     if everyday.lines:
         numbers |= talk.talk_metrics(everyday) | {"loop_rate": talk.loop_rate([*texts, *everyday.replies])}
     return Side(numbers, answers, chats, texts, everyday)
