@@ -91,8 +91,8 @@ class Persona:
         texts = {name: fields.get(name, "") for name in PERSONA_LIMITS}
         if not all(_is_plain(text, PERSONA_LIMITS[name]) for name, text in texts.items()):
             raise Refused(
-                "名字至多 {name} 字，说自己的话至多 {line} 字，不带括号，不换行。 A name has at most {name} characters, "
-                "a line about yourself {line}, without brackets or line breaks.".format(**PERSONA_LIMITS)
+                "名字至多 {name} 字，说自己的话至多 {line} 字，不带括号，不换行。 A name has at most {name} "
+                "characters, a line about yourself {line}, without brackets or line breaks.".format(**PERSONA_LIMITS)
             )
         return cls(**texts)
 

@@ -35,7 +35,7 @@ def read_history(history: Sequence[Any]) -> list[Message]:
         role, text = entry.get("role"), plain_text(entry.get("content")).split(HINT)[0][:MAX_MESSAGE]
         if text and (role == "user" or (role == "assistant" and messages)):
             messages.append({"role": cast("Any", role), "content": text})
-    return messages[-most:]
+    return messages[-MAX_TURNS:]
 
 
 def question(content: object) -> Message:

@@ -73,6 +73,7 @@ BROWSER = {key: TEXTS[key] for key in ("compare", "voice", "visitor")} | {
     "export_md": ("存为 Markdown", "Save as Markdown"),
     "export_json": ("存为 JSON", "Save as JSON"),
     "export_sharegpt": ("存为 ShareGPT", "Save as ShareGPT"),
+    "export_messages": ("存为 messages", "Save as messages"),
     "import": ("取回一段", "Open a saved one"),
     "forget": ("全部抹去", "Delete everything"),
     "forgotten": ("已全部抹去。", "Everything was deleted."),

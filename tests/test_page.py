@@ -311,41 +311,6 @@ def test_her_reply_is_continued_and_a_line_of_the_visitors_is_begun():
     assert TalkRequest.parse(sent(mode="suggest", question="")).messages[-1] == {"role": "user", "content": ""}
 
 
-@pytest.mark.parametrize(("form", "turns"), [("ShareGPT", "conversations"), ("messages", "messages")])
-def test_a_long_talk_is_exported_whole_with_prompt_and_scene_and_comes_back(tmp_path, form, turns):
-    refused = said(persona.BREATHLESS + conversation.HINT + "问得太急〕")
-    asks = [turn for n in range(150) for turn in (asked(f"问{n}"), said(f"答{n}"), conversation.note("种子"))]
-    history = [conversation.greeting("甘露寺"), *asks, asked("快说"), refused, asked("还没答")]
-    path = tmp_path / "talk.json"
-    path.write_text(conversation.export(history, "甘露寺", "果郡王", form), encoding="utf-8")
-    examples = load([str(path)])
-    assert [e.answer for e in examples] == [f"答{n}" for n in range(150)]
-    assert [m["content"] for m in examples[1].messages] == ["（甘露寺·果郡王）问0", "答0", "（甘露寺·果郡王）问1"]
-    [row] = json.loads(path.read_text(encoding="utf-8"))
-    assert [list(turn.values()) for turn in row[turns][:2]] == [
-        ["system", persona.SYSTEM_PROMPT], [{"messages": "user"}.get(form, "human"), "（甘露寺·果郡王）问0"],
-    ]  # fmt: skip
-    back = conversation.read_transcript(path.read_text(encoding="utf-8"))
-    assert (back.scene, back.visitor, len(back.messages)) == ("甘露寺", "果郡王", 301)
-    assert [turn["content"] for turn in back.messages[1:3]] == ["问0", "答0"]
-    assert conversation.export(history, "甘露寺", "果郡王", "Markdown").count("**果郡王**") == 152
-
-
-def test_a_forged_history_is_exported_without_a_fault():
-    history = [
-        None,
-        1,
-        {"role": "robot", "content": "x"},
-        said("早"),
-        asked([1]),
-        said(None),
-        asked("早"),
-        said("早安。"),
-    ]
-    [row] = json.loads(conversation.export(history, "永寿宫", "路人", "messages"))
-    assert [m["content"] for m in row["messages"]] == [persona.SYSTEM_PROMPT, "早", "早安。"]
-
-
 @pytest.mark.parametrize(
     "text",
     [

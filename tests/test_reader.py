@@ -39,7 +39,7 @@ def told(items):
         (json.dumps([GOOD, GOOD], indent=1), [2, 6]),
         (json.dumps(GOOD, indent=1) + "\n" + json.dumps(GOOD, indent=1), [1, 5]),
         (f"[{LINE}]\n[{LINE}]\n", [1, 2]),
-        (gzip.compress(f"{LINE}\n{LINE}".encode()), [1, 2]),
+        (gzip.compress(f"{LINE}\n{LINE}".encode(), mtime=0), [1, 2]),
     ],
 )
 def test_rows_are_found_with_their_lines_however_they_are_laid_out(reads, content, lines):
@@ -82,7 +82,7 @@ def test_a_broken_line_is_named_and_those_after_it_are_read(reads, content, line
         (" \n", 0, "is empty"),
         ("[]", 0, "holds no row"),
         ("PK\x03\x04", 0, "Excel"),
-        (gzip.compress(LINE.encode())[:-9], 0, "no whole gzip"),
+        (gzip.compress(LINE.encode(), mtime=0)[:-9], 0, "no whole gzip"),
     ],
 )
 def test_what_ends_the_reading_of_a_file_is_fatal(reads, content, line, said):

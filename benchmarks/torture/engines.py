@@ -10,9 +10,8 @@ from unittest import mock
 import chat.engine
 from chat.llama import LlamaEngine, LoraQueue
 from chat.openai_server import Timeouts
-from chat.persona import UNWELL
+from chat.persona import HINT, UNWELL
 from chat.remote import connect
-from page.conversation import HINT
 from page.service import ChatRequest, ChatService
 from tests import tiny
 from tests.openai_fake import CUT, EngineServer, event, says

@@ -23,8 +23,7 @@ from httpx_sse import aconnect_sse
 
 from benchmarks.page import UNLIMITED
 from benchmarks.torture.page_worker import reply
-from chat.persona import BREATHLESS, CROWDED, DRESSING, LONG_WINDED, SILENT, UNWELL
-from page.conversation import HINT
+from chat.persona import BREATHLESS, CROWDED, DRESSING, HINT, LONG_WINDED, SILENT, UNWELL
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent.parent

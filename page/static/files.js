@@ -13,12 +13,24 @@ export const FORMATS = {
   md: (talk) => [`# 甄嬛 · ${talk.scene}`, ...talk.turns.flatMap((turn) => [`**${talk.visitor}**：${turn.question}`, shownReply(turn)?.text && `**甄嬛**：${shownReply(turn).text}`])]
     .filter(Boolean).join("\n\n") + "\n",
   json: ({ scene, visitor, persona, title, turns }) => JSON.stringify({ scene, visitor, persona, title, turns }, null, 1) + "\n",
-  sharegpt: (talk) => JSON.stringify([{
-    scene: talk.scene, visitor: talk.visitor, system: SYSTEM_PROMPT,
-    conversations: answered(talk).flatMap((turn) => [{ from: "human", value: turn.question }, { from: "gpt", value: shownReply(turn).text }]),
-  }], null, 1) + "\n",
+  sharegpt: (talk) => forTraining(talk, "conversations", ["from", "value"], { system: "system", user: "human", assistant: "gpt" }),
+  messages: (talk) => forTraining(talk, "messages", ["role", "content"], { system: "system", user: "user", assistant: "assistant" }),
 }
-const SUFFIX = { md: "md", json: "json", sharegpt: "sharegpt.json" }
+const SUFFIX = { md: "md", json: "json", sharegpt: "sharegpt.json", messages: "messages.json" }
+
+// Other programs know neither her prompt nor our scenes: both stand in the messages, as the model gets them.
+function forTraining(talk, list, [role, content], names) {
+  const line = (who, text) => ({ [role]: names[who], [content]: text })
+  const turns = answered(talk).flatMap((turn) => [line("user", cue(talk) + turn.question), line("assistant", shownReply(turn).text)])
+  return JSON.stringify([{ scene: talk.scene, visitor: talk.visitor, [list]: [line("system", SYSTEM_PROMPT), ...turns] }], null, 1) + "\n"
+}
+
+// The scene and who speaks, as each question of the visitor's carries them (chat/persona.py, with_scene).
+function cue({ scene: name, visitor, persona }) {
+  const told = [persona?.name, persona?.line].map((text) => text?.trim()).filter(Boolean).join("，")
+  const names = [name === SCENES[0].name ? "" : name, told || (visitor === PASSER_BY ? "" : visitor)].filter(Boolean)
+  return names.length ? `（${names.join("·")}）` : ""
+}
 
 export function save(talk, format) {
   const link = h("a", { download: `甄嬛-${talk.scene}.${SUFFIX[format]}` })
@@ -49,7 +61,9 @@ export function read(text) {
     const name = data.scene ?? SCENES[0].name, visitor = data.visitor ?? PASSER_BY
     if (!scene(name)?.visitors.includes(visitor)) return null
     const speakers = { human: "user", gpt: "assistant" }
-    const messages = data.messages ?? data.conversations?.map(({ from, value }) => ({ role: speakers[from], content: value }))
+    const said = data.messages ?? data.conversations?.map(({ from, value }) => ({ role: speakers[from] ?? from, content: value }))
+    const before = cue({ scene: name, visitor })
+    const messages = said?.filter(({ role }) => role !== "system").map(({ role, content }) => ({ role, content: role === "user" && content.startsWith?.(before) ? content.slice(before.length) : content }))
     const turns = data.turns ? data.turns.map(readTurn) : turnsOf(messages)
     if (!turns.length) return null
     return create({ scene: name, visitor, persona: personaOf(data.persona), title: `${data.title ?? ""}`.slice(0, 60), turns: turns.slice(-LIMITS.turns) })

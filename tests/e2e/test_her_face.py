@@ -81,7 +81,8 @@ SPEECH = """
   window.spoken = []
   const voices = VOICES
   Object.defineProperty(window, "speechSynthesis", { value: Object.assign(new EventTarget(), {
-    getVoices: () => voices, cancel: () => spoken.push("cancel"), speak: (said) => { spoken.push([said.text, said.lang]); window.last = said },
+    getVoices: () => voices, cancel: () => spoken.push("cancel"),
+    speak: (said) => { spoken.push([said.text, said.lang]); window.last = said },
   }) })
   window.SpeechSynthesisUtterance = class { constructor(text) { this.text = text } }
 """

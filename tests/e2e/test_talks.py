@@ -404,7 +404,7 @@ def test_exports_are_whole_and_come_back(visit, tmp_path):
     enter(tab, "甘露寺", "果郡王")
     ask(tab, "我叫小林", "臣妾记下了。")
     files = {}
-    for form in ("md", "json", "sharegpt"):
+    for form in ("md", "json", "sharegpt", "messages"):
         with tab.expect_download() as download:
             menu(tab, f"export_{form}")
         files[form] = tmp_path / download.value.suggested_filename
@@ -412,9 +412,10 @@ def test_exports_are_whole_and_come_back(visit, tmp_path):
     assert "**果郡王**：我叫小林\n\n**甄嬛**：臣妾记下了。" in files["md"].read_text(encoding="utf-8")
     from training.data import load
 
-    (example,) = load([str(files["sharegpt"])])
-    assert (example.question, example.answer) == ("（甘露寺·果郡王）我叫小林", "臣妾记下了。")
-    for form in ("json", "sharegpt"):
+    for form in ("sharegpt", "messages"):
+        (example,) = load([str(files[form])])
+        assert (example.question, example.answer) == ("（甘露寺·果郡王）我叫小林", "臣妾记下了。")
+    for form in ("json", "sharegpt", "messages"):
         menu(tab, "forget")
         wait_until(lambda: kept(tab) == [])
         with tab.expect_file_chooser() as chooser:
