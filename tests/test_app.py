@@ -383,7 +383,8 @@ def call(url, body):
 def told(said):
     """Whether the error of a call says what is wrong with its values."""
     error = json.loads(said.partition("data: ")[2])["error"]
-    return any(words in error for words in ("Needed, in order", "This is not what the page sends", "list of choices"))
+    known = ("Needed, in order", "This is not what the page sends", "list of choices", "maximum value", "minimum value")
+    return any(words in error for words in known)
 
 
 def test_a_malformed_call_gets_a_sentence_and_its_words_are_not_logged(serve, capfd, caplog):
