@@ -180,7 +180,7 @@ def test_long_chats_have_ten_turns_and_half_of_them_a_scene_where_the_visitor_ma
 
 
 def test_nothing_that_is_asked_is_ever_trained_on():
-    paths = data._paths(str(ROOT / "dataset"))
+    paths = data._paths(str(ROOT / "dataset"), [])
     assert paths and all(path.parent == ROOT / "dataset" and path.suffix == ".jsonl" for path in paths)
     written = "".join(path.read_text(encoding="utf-8") for path in paths)
     assert not [text for text in NEUTRAL if text in written]
